@@ -1,0 +1,1047 @@
+"""Stage 1, the autoencoder: a clip becomes one content frame and a small motion latent, and comes back.
+
+Section 3.2 of the paper, equations 3 to 6. In: clips (B, C, L, H, W) in [-1, 1], or their Stable Diffusion latents.
+Out: content frames (B, C, H, W), a learned weighted mean of the frames, and motion latents (B, D, L, H'+W') with
+H' = H / patch. It ends by encoding the data set into the run folder: that is all that stages 2 and 3 read.
+
+    python autoencoder.py                                            # moving shapes, minutes on a CPU
+    python autoencoder.py --preset ucf101 --data UCF-101             # your own folder works as well
+    torchrun --nproc-per-node 8 autoencoder.py --preset ucf101 --data UCF-101
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 autoencoder.py ...   # on each
+
+Where we differ from the paper: depth 8 and heads of 48, the size that its table 8 reports the cost of (table 5 prints
+12 and 64). From the authors' release: positions in both trunks (without them a trunk cannot tell frame 1 from frame 9,
+nor left from right), any size and length, no discriminator. What the shapes preset changes stands beside it below.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import pickle
+import shutil
+import struct
+import time
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import safe_open
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from data import (
+    BadVideo, Flags, InputError, Log, StopSignal, average, check_config, check_finite, check_shard, last_only,
+    learning_rate, load_checkpoint, open_dataset, pair, parse_flags, quiet_worker, run, save_checkpoint, split_batch,
+    start, stream, weights_hash, write_json, write_sheet, write_shard,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The video autoencoder
+
+
+class FeedForward(nn.Module):
+    """GEGLU: half of the hidden units gate the other half."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.value = nn.Linear(width, 4 * width)
+        self.gate = nn.Linear(width, 4 * width)
+        self.reduce = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.reduce(self.value(x) * F.gelu(self.gate(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over time (at each location) or over space (in each frame)."""
+
+    def __init__(self, width, heads, over):
+        super().__init__()
+        self.heads, self.over = heads, over
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        B, L, N, C = x.shape  # N = H' * W' locations
+        # The axis attended over comes next to last, the others become batch and heads. All views, no copies.
+        shape = (B, L, N * self.heads, C // self.heads) if self.over == "time" else (B * L, N, self.heads, -1)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        x = F.scaled_dot_product_attention(q, k, v)  # time: (B, N*heads, L, d), space: (B*L, heads, N, d)
+        return self.out(x.transpose(1, 2).reshape(B, L, N, C))
+
+
+class Block(nn.Module):
+    """TimeSformer's divided attention: over time, then over space, then a feed-forward; pre-norm."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.time_norm, self.time = nn.LayerNorm(width), Attention(width, heads, "time")
+        self.space_norm, self.space = nn.LayerNorm(width), Attention(width, heads, "space")
+        self.ff_norm, self.ff = nn.LayerNorm(width), FeedForward(width)
+
+    def forward(self, x):
+        x = x + self.time(self.time_norm(x))
+        x = x + self.space(self.space_norm(x))
+        return x + self.ff(self.ff_norm(x))
+
+
+class TimeSformer(nn.Module):
+    """(B, L, H', W', C') -> the same shape. Learned positions, one table each for time, rows and columns."""
+
+    def __init__(self, frames, grid, width, depth, heads):
+        super().__init__()
+        self.time_position = nn.Parameter(0.02 * torch.randn(frames, 1, 1, width))
+        self.row_position = nn.Parameter(0.02 * torch.randn(grid[0], 1, width))
+        self.column_position = nn.Parameter(0.02 * torch.randn(grid[1], width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.checkpointing = False
+
+    def forward(self, x):
+        x = x + self.time_position + self.row_position + self.column_position
+        shape = x.shape
+        x = x.flatten(2, 3)  # (B, L, N, C')
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        return self.norm(x).view(shape)
+
+
+class Autoencoder(nn.Module):
+    """A clip <-> one content frame and one small motion latent (section 3.2, equations 3 to 6, figure 4).
+
+    channels    C of a frame: 3 for pixels, 4 for Stable Diffusion's latents
+    frames      L, 1 or more
+    size        H and W of a frame, an int or a pair, divisible by `patch`
+    width       C', the trunks' width; `heads` heads of width / heads. Table 5 says depth 12 and heads of 64; the cost
+                that table 8 reports is that of depth 8 and heads of 48, which are the defaults (47.4 M parameters).
+    motion_channels  D of the motion latent
+    content     what the content frame is (table 4b): 'weights', learned; 'mean' of the frames; 'frame', the first one
+    smooth      False: one weight a pixel, as in the paper. True: one a token, upsampled bilinearly (see `shapes` below)
+    squash      True in pixel space: outputs pass 2 * sigmoid - 1
+    """
+
+    def __init__(self, channels=4, frames=16, size=64, patch=2, width=384, motion_channels=8, depth=8, heads=8,
+                 content="weights", smooth=False, squash=False):
+        super().__init__()
+        height, wide = pair(size)
+        if height % patch or wide % patch:
+            raise InputError(f"a frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}: choose a size "
+                             f"divisible by {patch}")
+        if width % heads:
+            raise InputError(f"width {width} cannot be split over {heads} heads")
+        if content not in ("weights", "mean", "frame"):
+            raise InputError(f"content is weights, mean or frame, not {content!r}")
+        self.channels, self.frames, self.size, self.patch = channels, frames, (height, wide), patch
+        self.content, self.smooth, self.squash = content, smooth, squash
+        self.grid = (height // patch, wide // patch)  # (H', W')
+        pixels = channels * patch**2  # of one patch
+        # Linear layers on patches: the same sums as convolutions, plain or transposed, of kernel = stride = patch.
+        self.embed = nn.Linear(pixels, width)
+        self.encoder = TimeSformer(frames, self.grid, width, depth, heads)
+        if content == "weights":
+            self.to_logits = nn.Linear(width, channels if smooth else pixels)
+        self.to_rows = nn.Linear(width, motion_channels)  # 1x1 convolutions
+        self.to_columns = nn.Linear(width, motion_channels)
+        self.embed_content = nn.Linear(pixels, width)
+        self.embed_rows = nn.Linear(motion_channels, width)
+        self.embed_columns = nn.Linear(motion_channels, width)
+        self.decoder = TimeSformer(frames, self.grid, width, depth, heads)
+        self.to_frames = nn.Linear(width, pixels)
+        # Per-channel statistics of the encoded data set: the motion model works on (z - mean) / deviation.
+        self.register_buffer("motion_mean", torch.zeros(motion_channels, 1, 1))
+        self.register_buffer("motion_std", torch.ones(motion_channels, 1, 1))
+
+    def patches(self, frames):
+        p = self.patch
+        return rearrange(frames, "... c (h p) (w q) -> ... h w (c p q)", p=p, q=p)
+
+    def unpatches(self, tokens):
+        p = self.patch
+        return rearrange(tokens, "b l h w (c p q) -> b c l (h p) (w q)", p=p, q=p)
+
+    def encode(self, video):
+        """video (B, C, L, H, W) -> content frame (B, C, H, W) in the video's range, motion (B, D, L, H'+W') in [-1, 1]"""
+        if video.shape[1:] != (self.channels, self.frames, *self.size):
+            raise InputError(f"this autoencoder takes clips of (channels, frames, height, width) "
+                             f"{(self.channels, self.frames, *self.size)}, not {tuple(video.shape[1:])}")
+        u = self.encoder(self.embed(self.patches(video.transpose(1, 2))))  # (B, L, H', W', C')
+        # Equation 3: the content frame is a weighted mean of the frames, with weights of its own at every pixel.
+        if self.content == "frame":
+            content = video[:, :, 0]
+        elif self.content == "mean":
+            content = video.mean(2)
+        else:
+            logits = self.to_logits(u)
+            if self.smooth:
+                logits = rearrange(logits, "b l h w c -> (b l) c h w")
+                logits = F.interpolate(logits.float(), self.size, mode="bilinear")
+                logits = rearrange(logits, "(b l) c h w -> b c l h w", l=self.frames)
+            else:
+                logits = self.unpatches(logits)
+            content = (video * logits.float().softmax(2)).sum(2)  # (B, C, H, W)
+        # Equation 4: the mean over columns leaves z_x (one row axis), the mean over rows z_y.
+        z_x = self.to_rows(u.mean(3))  # (B, L, H', D)
+        z_y = self.to_columns(u.mean(2))  # (B, L, W', D)
+        motion = torch.cat([z_x, z_y], 2).tanh()  # (B, L, H'+W', D)
+        return content, motion.permute(0, 3, 1, 2)
+
+    def decode(self, content, motion):
+        """content (B, C, H, W), motion (B, D, L, H'+W') -> video (B, C, L, H, W)"""
+        z_x, z_y = motion.permute(0, 2, 3, 1).split(self.grid, 2)  # (B, L, H', D), (B, L, W', D)
+        # Equation 5: v[l, h, w] = content[h, w] + z_x[l, h] + z_y[l, w]
+        v = self.embed_content(self.patches(content))[:, None]  # (B, 1, H', W', C')
+        v = v + self.embed_rows(z_x)[:, :, :, None] + self.embed_columns(z_y)[:, :, None]  # (B, L, H', W', C')
+        video = self.unpatches(self.to_frames(self.decoder(v)))  # Equation 6
+        return 2 * video.sigmoid() - 1 if self.squash else video
+
+    def forward(self, video, noise=None):
+        """The reconstruction of a clip (B, C, L, H, W). noise: added to the motion latent, for training."""
+        content, motion = self.encode(video)
+        return self.decode(content, motion if noise is None else motion + noise)
+
+    def normalise(self, motion):
+        return (motion - self.motion_mean) / self.motion_std
+
+    def denormalise(self, motion):
+        return motion * self.motion_std + self.motion_mean
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading raw checkpoints
+
+
+# A pickle may name any function of any module. Only tensors, their storages and OrderedDict are built here; every
+# other name becomes a class that does nothing (nothing is imported), except those below, which only an attack needs.
+ATTACKS = set("os posix nt subprocess sys runpy importlib imp shutil socket pickle _pickle marshal ctypes pty code"
+              " codeop pip pdb bdb timeit trace profile cProfile webbrowser multiprocessing asyncio platform".split())
+HARMLESS = set("object type set frozenset dict list tuple int float complex bool str bytes bytearray slice"
+               " range".split())
+STORAGES = dict(FloatStorage=torch.float32, DoubleStorage=torch.float64, HalfStorage=torch.float16,
+                BFloat16Storage=torch.bfloat16, LongStorage=torch.int64, IntStorage=torch.int32,
+                ShortStorage=torch.int16, CharStorage=torch.int8, ByteStorage=torch.uint8, BoolStorage=torch.bool,
+                UntypedStorage=torch.uint8)
+
+
+class Inert(dict):
+    """Stands for an object of any class in a pickle: takes every call, keeps dictionary items, does nothing else."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def ignore(self, *args):
+        pass
+
+    __setstate__ = append = extend = add = ignore
+    __hash__, __eq__ = object.__hash__, object.__eq__  # Lightning uses classes' instances as keys
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Reads a pickle of tensors without running anything that it names. `storage` turns a storage's key into data."""
+
+    def __init__(self, file, path, storage):
+        super().__init__(file, encoding="latin1")
+        self.path, self.storage = path, storage
+
+    def persistent_load(self, key):
+        return self.storage(*key[1:])
+
+    def find_class(self, module, name):
+        names, modules = pickle._compat_pickle.NAME_MAPPING, pickle._compat_pickle.IMPORT_MAPPING  # Python 2's names
+        module, name = names.get((module, name), (modules.get(module, module), name))
+        full = f"{module}.{name}"
+        parts = full.split(".")
+        if (parts[0] in ATTACKS or {"os", "sys", "subprocess"} & set(parts[:-1])
+                or parts[-1] in ("open", "eval", "exec") or parts[0] == "builtins" and name not in HARMLESS):
+            raise InputError(f"{self.path} is refused: reading it as its author meant would call {full}, so it is not"
+                             " only weights. Nothing of it was run; get the file from its original place")
+        if parts[0] == "torch" and parts[-1] in STORAGES:
+            return STORAGES[parts[-1]]
+        # A new function each time, so that a pickle that sets attributes on it reaches nobody else.
+        if full in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
+            return lambda data, offset, size, stride, *rest: data.as_strided(
+                size, stride, data.storage_offset() + offset)
+        if full in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
+            return lambda data, *rest: data
+        if full == "torch._tensor._rebuild_from_type_v2":
+            return lambda function, kind, args, state: function(*args)
+        return OrderedDict if full == "collections.OrderedDict" else type(name, (Inert,), {})
+
+
+def read_zip(file, path):
+    """PyTorch's zip format (1.6 and later). Tensors are views of the mapped file: nothing is read before it is used."""
+    archive = zipfile.ZipFile(file)
+    entries = {name.split("/", 1)[-1]: name for name in archive.namelist()}
+    if "constants.pkl" in entries:
+        raise InputError(f"{path} is a TorchScript program, not weights: save its state_dict() with torch.save instead")
+    if "data.pkl" not in entries:
+        raise InputError(f"{path} is a zip archive of something else than weights (it holds {archive.namelist()[0]})")
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    loaded = {}
+
+    def storage(dtype, key, location, count):
+        if key not in loaded:
+            entry = archive.getinfo(entries[f"data/{key}"])
+            names = struct.unpack("<HH", mapped[entry.header_offset + 26:entry.header_offset + 30])
+            start = entry.header_offset + 30 + sum(names)
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < count * dtype.itemsize:
+                raise ValueError(f"storage {key} is compressed or too short")
+            loaded[key] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start) if count else torch.empty(
+                0, dtype=dtype)
+        return loaded[key]
+
+    return TensorUnpickler(archive.open(entries["data.pkl"]), path, storage).load()
+
+
+def read_legacy(file, path):
+    """PyTorch's format before 1.6: pickles one after another, then the storages' bytes, in a list of keys' order."""
+    loaded = {}
+
+    def storage(dtype, key, location, count, view=None):
+        if key not in loaded:
+            loaded[key] = torch.empty(count, dtype=dtype)  # filled below
+        return loaded[key] if view is None else loaded[key][view[1]:view[1] + view[2]]
+
+    def load():
+        return TensorUnpickler(file, path, storage).load()
+
+    if load() != 0x1950A86A20F9469CFC6C:
+        raise InputError(f"{path} is a pickle, but not one that PyTorch wrote: save tensors with torch.save")
+    load(), load()  # version, the writer's system
+    tree, keys = load(), load()
+    for key in keys:
+        count, data = int.from_bytes(file.read(8), "little"), loaded[key]
+        raw = bytearray(file.read(data.numel() * data.element_size()))
+        if count != data.numel() or len(raw) != data.numel() * data.element_size():
+            raise EOFError(f"storage {key} is too short")
+        if count:
+            data.copy_(torch.frombuffer(raw, dtype=data.dtype))
+    return tree
+
+
+def find_tensors(tree):
+    """The dictionary of tensors in what a checkpoint holds, without the levels that training programs put around it."""
+    if not isinstance(tree, dict):
+        return {}
+    for key in ("state_dict", "ema", "model", "module", "params"):
+        if inner := find_tensors(tree.get(key)):
+            return inner
+    return {name: tensor.detach() for name, tensor in tree.items()
+            if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
+
+
+def find_hints(tree, hints, path=""):
+    """Collects the strings in nested dictionaries into `hints`, by dotted name: hyper-parameters, for the most part."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, str):
+            hints[f"{path}{key}"] = value
+        elif isinstance(value, dict) and path.count(".") < 8:
+            find_hints(value, hints, f"{path}{key}.")
+
+
+def read_checkpoint(path, hints=None):
+    """Reads raw weights: .safetensors, or PyTorch's .ckpt / .pt / .pth in its zip or old format, told apart by content.
+
+    Returns {name: tensor} on the CPU, in the file's own dtype; most tensors are views of the mapped file, so copy what
+    you keep. Levels such as 'state_dict', 'ema' (before 'model') and 'model' are taken off. Nothing in the file is ever
+    run or imported: objects of other classes (Lightning, optimizers) are read as inert and dropped. `hints`, a
+    dictionary, receives the strings beside the tensors: a safetensors file's metadata, a pickle's hyper-parameters.
+    Raises InputError for anything else than weights, a damaged file, and one that tries to run code.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is a folder, not weights" if os.path.isdir(path) else f"{path}: no such file")
+    hints = {} if hints is None else hints
+    with open(path, "rb") as file:
+        head = file.read(512)
+        file.seek(0)
+        try:
+            if not head:
+                raise InputError(f"{path} is empty: download it again")
+            elif head.lstrip()[:1] == b"<":
+                raise InputError(f"{path} is a web page, not weights: its download was refused or needs a login")
+            elif head.startswith(b"version https://git-lfs"):
+                raise InputError(f"{path} is a Git LFS pointer, not the weights: fetch them with 'git lfs pull'")
+            elif head[8:9] == b"{":
+                with safe_open(path, framework="pt") as tensors:
+                    hints.update(tensors.metadata() or {})
+                    tree = {name: tensors.get_tensor(name) for name in tensors.keys()}
+            elif head[:4] == b"PK\3\4":
+                tree = read_zip(file, path)
+            elif head[:1] == b"\x80":
+                tree = read_legacy(file, path)
+            else:
+                raise InputError(f"{path} is neither .safetensors nor a PyTorch checkpoint (it starts {head[:12]!r})")
+        except InputError:
+            raise
+        except Exception as error:  # a damaged pickle can raise anything
+            raise InputError(f"{path} is cut short or damaged: download it again, and compare its size with the"
+                             f" original's ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+    find_hints(tree, hints)
+    tensors = find_tensors(tree)
+    for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = with_prefix(tensors, wrapper)
+    if not tensors:
+        raise InputError(f"{path} holds no tensors by name: save a state_dict(), not a whole model, with torch.save")
+    return tensors
+
+
+def with_prefix(tensors, prefix):
+    """The tensors whose names start with `prefix`, under their names without it."""
+    return {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def describe(tensors):
+    """What a file seems to be, from its tensors' names: for the error when it is not what was asked for."""
+    kinds = (("lora_", "a LoRA, which is a change to a model and not a model"),
+             ("hada_", "a LoRA (LoHa), which is a change to a model and not a model"),
+             ("control_model.", "a ControlNet"), ("zero_convs.", "a ControlNet"), ("controlnet_", "a ControlNet"),
+             ("conditioner.embedders.", "SDXL"), ("label_emb.", "SDXL (or another U-Net with extra conditions)"),
+             ("joint_blocks.", "SD 3"), ("double_blocks.", "Flux"),
+             ("down_blocks.", "in diffusers' format; the single original file is needed"),
+             ("transformer_blocks.", "a Stable Diffusion U-Net"),
+             ("y_embedder.", "a DiT"), ("encoder.down.", "Stable Diffusion's image autoencoder"),
+             ("visual.", "a whole CLIP"), ("text_model.", "a CLIP text encoder"), ("resblocks.", "a CLIP text encoder"),
+             ("features.0.weight", "torchvision's VGG"), ("lin0.model.1.weight", "LPIPS's own layer"))
+    for part, kind in kinds:
+        for name in tensors:
+            if part in name:
+                return f"it seems to be {kind} ({name})"
+    return f"it holds {len(tensors)} tensors, the first named {', '.join(list(tensors)[:3])}"
+
+
+def load_weights(module, tensors, what):
+    """Loads {name: tensor} into a module (which may be on the meta device) in the module's dtype.
+
+    `what` opens the error's message. Raises InputError that names missing, unexpected and misshaped tensors.
+    """
+    own = module.state_dict()
+    both = [name for name in own if name in tensors]
+    faults = {
+        "missing": [name for name in own if name not in tensors],
+        "not part of it": [name for name in tensors if name not in own],
+        "of another shape": [f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+                             for name in both if tensors[name].shape != own[name].shape]}
+    faults = [f"{len(names)} tensors {fault} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+              for fault, names in faults.items() if names]
+    if faults:
+        raise InputError(f"{what}: {'; '.join(faults)}")
+    if any(tensor.is_meta for tensor in own.values()):  # copies, so that the file may go while the model trains
+        module.load_state_dict({name: tensors[name].to(own[name].dtype, copy=True) for name in own}, assign=True)
+    else:
+        module.load_state_dict(tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion's image autoencoder
+
+
+def group_norm(channels, groups):
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ImageResBlock(nn.Module):
+    """(B, inputs, H, W) -> (B, outputs, H, W)."""
+
+    def __init__(self, inputs, outputs, groups):
+        super().__init__()
+        self.norm1 = group_norm(inputs, groups)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = group_norm(outputs, groups)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class ImageAttention(nn.Module):
+    """One head over all places of a picture, (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+        return x + self.proj_out(h)
+
+
+class ImageMiddle(nn.Module):
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.block_1 = ImageResBlock(channels, channels, groups)
+        self.attn_1 = ImageAttention(channels, groups)
+        self.block_2 = ImageResBlock(channels, channels, groups)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class ImageLevel(nn.Module):
+    """The residual blocks of one resolution, and the convolution that changes it."""
+
+    def __init__(self, inputs, outputs, blocks, groups, downsample=False, upsample=False):
+        super().__init__()
+        self.block = nn.ModuleList(ImageResBlock(outputs if i else inputs, outputs, groups) for i in range(blocks))
+        if downsample:
+            self.downsample = nn.ModuleDict(dict(conv=nn.Conv2d(outputs, outputs, 3, stride=2)))
+        if upsample:
+            self.upsample = nn.ModuleDict(dict(conv=nn.Conv2d(outputs, outputs, 3, padding=1)))
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):
+            x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2); padded right and below only
+        if hasattr(self, "upsample"):
+            x = self.upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+        return x
+
+
+class ImageEncoder(nn.Module):
+    """Images (B, 3, H, W) -> moments (B, 2 latent, H/8, W/8)."""
+
+    def __init__(self, channels, multipliers, blocks, latent, groups):
+        super().__init__()
+        widths = [channels] + [channels * m for m in multipliers]
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            ImageLevel(widths[i], widths[i + 1], blocks, groups, downsample=i < len(multipliers) - 1)
+            for i in range(len(multipliers)))
+        self.mid = ImageMiddle(widths[-1], groups)
+        self.norm_out = group_norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class ImageDecoder(nn.Module):
+    """Latents (B, latent, H/8, W/8) -> images (B, 3, H, W)."""
+
+    def __init__(self, channels, multipliers, blocks, latent, groups):
+        super().__init__()
+        widths = [channels * m for m in multipliers] + [channels * multipliers[-1]]
+        self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
+        self.mid = ImageMiddle(widths[-1], groups)
+        self.up = nn.ModuleList(  # counted from the full resolution, so run from the last to the first
+            ImageLevel(widths[i + 1], widths[i], blocks + 1, groups, upsample=i > 0) for i in range(len(multipliers)))
+        self.norm_out = group_norm(channels * multipliers[0], groups)
+        self.conv_out = nn.Conv2d(channels * multipliers[0], 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class ImageAutoencoder(nn.Module):
+    """Stable Diffusion's image autoencoder (the same in 1.x and 2.x). Its state_dict has the raw file's names."""
+
+    def __init__(self, channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent=4, scale=0.18215, groups=32):
+        super().__init__()
+        self.scale = scale  # brings the latents to about unit variance
+        self.factor = 2 ** (len(multipliers) - 1)  # pixels per latent, each way
+        self.encoder = ImageEncoder(channels, multipliers, blocks, latent, groups)
+        self.decoder = ImageDecoder(channels, multipliers, blocks, latent, groups)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+
+    def encode(self, images, sample=False, generator=None, chunk=4):
+        """Images (N, 3, H, W) in [-1, 1] -> scaled latents (N, 4, H/8, W/8): the mean, or a sample of the posterior.
+
+        `chunk` images go through at a time, so memory does not grow with N. H, W not multiples of 8: InputError.
+        """
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise InputError(f"images of {height}x{width}: the image autoencoder needs multiples of {self.factor}")
+        mean, logvar = torch.cat([self.quant_conv(self.encoder(part)) for part in images.split(chunk)]).chunk(2, dim=1)
+        if sample:
+            device = generator.device if generator else mean.device
+            noise = torch.randn(mean.shape, generator=generator, device=device)
+            mean = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.to(mean)
+        return self.scale * mean
+
+    def decode(self, latents, chunk=4):
+        """Scaled latents (N, 4, H/8, W/8) -> images (N, 3, H, W), about in [-1, 1], `chunk` at a time."""
+        return torch.cat([self.decoder(self.post_quant_conv(part / self.scale)) for part in latents.split(chunk)])
+
+
+def build_image_autoencoder(tensors, what):
+    """An ImageAutoencoder (frozen) of the sizes that the tensors' shapes tell. `what` opens the InputError."""
+    levels = len({name.split(".")[2] for name in tensors if name.startswith("encoder.down.")})
+    channels = len(tensors["encoder.conv_in.weight"])
+    widths = [len(tensors.get(f"encoder.down.{i}.block.0.conv1.weight", ())) for i in range(levels)]
+    blocks = len({name.split(".")[4] for name in tensors if name.startswith("encoder.down.0.block.")})
+    with torch.device("meta"):
+        model = ImageAutoencoder(channels, [width // channels for width in widths], blocks,
+                                 tensors["decoder.conv_in.weight"].shape[1])
+    load_weights(model, tensors, what)
+    return model.eval().requires_grad_(False)
+
+
+def load_image_autoencoder(path):
+    """Reads an ImageAutoencoder (float32, frozen, on the CPU) from a full Stable Diffusion file or a bare one.
+
+    Sizes come from the file's shapes. Raises InputError.
+    """
+    tensors = read_checkpoint(path)
+    tensors = with_prefix(tensors, "first_stage_model.") or tensors
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # leaves 'loss.' and 'model_ema.' out
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
+    if not {"encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"} <= own.keys():
+        raise InputError(f"{path} holds no Stable Diffusion image autoencoder: {describe(tensors)}")
+    for name, tensor in own.items():
+        if ".attn_1." in name and tensor.ndim == 2:  # newer files store these 1x1 convolutions as linear layers
+            own[name] = tensor[:, :, None, None]
+    return build_image_autoencoder(own, f"{path}: the image autoencoder")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LPIPS
+
+
+class LPIPS(nn.Module):
+    """The perceptual distance of Zhang et al. (2018), VGG16 version 0.1, frozen.
+
+    (N, 3, H, W) twice, in [-1, 1], H and W at least 16 -> (N,), 0 for equal images.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers, inputs = [], 3
+        for stage, (width, convolutions) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
+            layers += [nn.MaxPool2d(2)] if stage else []
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
+                inputs = width
+        self.features = nn.Sequential(*layers)  # numbered as in torchvision's VGG16
+        self.lin = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in (64, 128, 256, 512, 512))
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
+        self.register_buffer("deviation", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
+        self.eval().requires_grad_(False)
+
+    def stages(self, x):
+        """The five stages' last activations, each place's channel vector brought to length 1."""
+        x = (x - self.mean) / self.deviation
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in (3, 8, 15, 22, 29):
+                y = x.float()  # the small number keeps the gradient finite where all channels are 0, in half too
+                yield y / (y.square().sum(1, keepdim=True) + 1e-20).sqrt()
+
+    def forward(self, images, others):
+        if min(images.shape[2:]) < 16:
+            raise InputError(f"LPIPS needs images of at least 16x16, not {images.shape[2]}x{images.shape[3]}")
+        return sum(lin((a - b).square()).mean((1, 2, 3))
+                   for lin, a, b in zip(self.lin, self.stages(images), self.stages(others)))
+
+
+def load_lpips(vgg_path, lpips_path):
+    """LPIPS from torchvision's vgg16-397923af.pth and LPIPS's own vgg.pth (version 0.1). Raises InputError."""
+    vgg, own = read_checkpoint(vgg_path), read_checkpoint(lpips_path)
+    if "features.0.weight" not in vgg:
+        raise InputError(f"{vgg_path} is not torchvision's vgg16-397923af.pth: {describe(vgg)}")
+    if "lin0.model.1.weight" not in own:
+        raise InputError(f"{lpips_path} is not LPIPS's vgg.pth: {describe(own)}")
+    tensors = {name: tensor for name, tensor in vgg.items() if name.startswith("features.")}
+    tensors |= {name.replace("lin", "lin.").replace("model.1.", ""): tensor for name, tensor in own.items()}
+    model = LPIPS()
+    load_weights(model, tensors, f"{vgg_path} and {lpips_path}: LPIPS")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets and flags
+
+
+PRESETS = {
+    # Embedded data, minutes on a CPU. Against the paper: a tenth of the width; one content weight a token, upsampled,
+    # because with one a pixel so small a model hides information in the content frame as a fine periodic pattern, which
+    # the content model then fails to draw; noise on the motion latent, so that the decoder forgives the motion model's
+    # small errors; MSE, a higher learning rate that decays, and Adam's usual first beta, because the run is short.
+    "shapes": dict(
+        data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
+        smooth=True, noise=0.05, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=8, steps=1500, decay_steps=1500,
+        clips=6000, save_every=250, preview_every=500, log_every=25, workers=0,
+    ),
+    # Table 5 and appendix B. LPIPS joins the loss where its two weight files are named.
+    "ucf101": dict(
+        size=[64], frames=16, channels=3, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False,
+        noise=0.0, loss="l1", lr=1e-5, betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0,
+        save_every=2000, preview_every=2000, log_every=50, workers=8,
+    ),
+    "webvid_sd15": dict(
+        size=[512], frames=16, channels=4, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False,
+        noise=0.0, loss="mse", lr=1e-5, betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0,
+        save_every=2000, preview_every=2000, log_every=50, workers=8,
+    ),
+    "webvid_sd21": dict(
+        size=[512, 1024], frames=16, channels=4, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False,
+        noise=0.0, loss="mse", lr=1e-5, betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0,
+        save_every=2000, preview_every=2000, log_every=50, workers=8,
+    ),
+}
+
+
+def flags():
+    parser = Flags(__doc__.split("\n")[0])
+    run_ = parser.add_argument_group("run")
+    run_.add_argument("--preset", choices=PRESETS, help="fills every default below (default: the run's, else shapes)")
+    run_.add_argument("--run", help="run folder (default: runs/PRESET)")
+    run_.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
+    run_.add_argument("--encode", action="store_true", help="train no further: only encode the data set")
+    run_.add_argument("--seed", type=int, default=0)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="'shapes', a folder of videos, a CSV of captions, or a folder of .tar shards")
+    data.add_argument("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
+    data.add_argument("--split", help="UCF-101 list of the videos to use, such as trainlist01.txt")
+    data.add_argument("--size", type=int, nargs="+", help="pixels: one number, or height and width")
+    data.add_argument("--frames", type=int, help="L, frames a clip (table 4b: 16 or 24)")
+    data.add_argument("--stride", type=int, default=1, help="take every n-th frame of the video")
+    data.add_argument("--workers", type=int, help="loader processes on each rank")
+    model = parser.add_argument_group("model (table 5)")
+    model.add_argument("--sd", help="raw Stable Diffusion or image autoencoder file: clips become its latents")
+    model.add_argument("--patch", type=int)
+    model.add_argument("--width", type=int, help="C'")
+    model.add_argument("--motion-channels", type=int, help="D (table 4b: 8 or 16)")
+    model.add_argument("--depth", type=int, help="blocks in each trunk")
+    model.add_argument("--heads", type=int)
+    model.add_argument("--content", choices=["weights", "mean", "frame"], default="weights",
+                       help="the content frame: learned weights, plain mean (table 4b), or the first frame")
+    model.add_argument("--smooth", action=argparse.BooleanOptionalAction, help="content weights a token, not a pixel")
+    train = parser.add_argument_group("training")
+    train.add_argument("--steps", type=int, help="steps in all")
+    train.add_argument("--batch-size", type=int, help="clips a step, over all ranks")
+    train.add_argument("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
+    train.add_argument("--lr", type=float)
+    train.add_argument("--decay-steps", type=int, help="cosine decay of the rate to 0 at this step; 0 keeps it")
+    train.add_argument("--betas", type=float, nargs=2)
+    train.add_argument("--loss", choices=["mse", "l1"])
+    train.add_argument("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: adds "
+                       "LPIPS of one random frame a clip to the loss (pixels only)")
+    train.add_argument("--noise", type=float, help="deviation of the noise on the motion latent")
+    train.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    train.add_argument("--compile", action="store_true", help="torch.compile the model")
+    train.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
+    train.add_argument("--log-every", type=int)
+    train.add_argument("--save-every", type=int)
+    train.add_argument("--preview-every", type=int)
+    encode = parser.add_argument_group("encoding")
+    encode.add_argument("--clips", type=int, help="clips to encode; 0: one of every video")
+    encode.add_argument("--clips-per-video", type=int, default=1)
+    encode.add_argument("--shard-size", type=int, default=1024)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def load_autoencoder(run_folder, device):
+    """(Autoencoder, ImageAutoencoder or None where frames are pixels, checkpoint) of a run folder, ready for use."""
+    state = load_checkpoint(os.path.join(run_folder, "autoencoder.pt"), "autoencoder")
+    model = Autoencoder(**state["config"])
+    model.load_state_dict(state["model"])
+    image = open_image_autoencoder(state["image_autoencoder"], device) if state["image_autoencoder"] else None
+    return model.requires_grad_(False).eval().to(device), image, state
+
+
+def half(module):
+    """A frozen module's weights as the run folder keeps them."""
+    return {name: tensor.half() for name, tensor in module.state_dict().items()}
+
+
+def open_image_autoencoder(tensors, device):
+    image = build_image_autoencoder(tensors, "the run's image autoencoder")
+    return image.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+
+
+def to_frames(video, image):
+    """What stage 1 calls frames: pixels, or with `image` their latents. (B, 3, L, H, W) -> (B, 4, L, H/8, W/8)"""
+    if image is None:
+        return video
+    dtype = image.quant_conv.weight.dtype
+    latents = image.encode(rearrange(video, "b c l h w -> (b l) c h w").to(dtype)).float()
+    return rearrange(latents, "(b l) c h w -> b c l h w", b=len(video))
+
+
+def to_pixels(video, image):
+    """The way back, (B, C, L, h, w) -> (B, 3, L, H, W) in [-1, 1]; content frames are clips of one frame."""
+    if image is not None:
+        dtype = image.quant_conv.weight.dtype
+        pixels = image.decode(rearrange(video, "b c l h w -> (b l) c h w").to(dtype)).float()
+        video = rearrange(pixels, "(b l) c h w -> b c l h w", b=len(video))
+    return video.float().clamp(-1, 1)
+
+
+def psnr(a, b):
+    """Mean over clips of the PSNR in dB, for values in [-1, 1]."""
+    return (10 * torch.log10(4 / (a - b).float().square().flatten(1).mean(1).clamp_min(1e-12))).mean().item()
+
+
+@torch.no_grad()
+def evaluate(model, image, dataset, indices, picture):
+    """PSNR in dB of the reconstruction and of repeating the mean frame; writes input, content, reconstruction."""
+    model.eval()
+    ours, mean, rows = [], [], []
+    for index in indices:
+        video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
+        content, motion = model.encode(to_frames(video, image))
+        again = to_pixels(model.decode(content, motion), image)
+        ours.append(psnr(again, video))
+        mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
+        if len(rows) < 8:
+            still = to_pixels(content[:, :, None], image)
+            rows.append(torch.cat([video[0, :, ::4], still[0], again[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
+    write_sheet(picture, rows, columns=1, frames=9)
+    model.train()
+    return float(np.mean(ours)), float(np.mean(mean))
+
+
+class Readable(torch.utils.data.Dataset):
+    """A data set in which a broken clip is None, so that encoding leaves it out where training replaces it."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        try:
+            return self.dataset.read(*key)
+        except BadVideo:
+            return None
+
+
+@torch.no_grad()
+def encode_dataset(args, model, image, dataset, indices, rank, world, device):
+    """Encodes the data set into the run folder's shards and measures the motion latents' mean and deviation.
+
+    Shard k belongs to rank k mod world and does not depend on their number; one that is there already is kept, so an
+    interrupted encoding goes on where it stopped.
+    """
+    folder = os.path.join(args.run, "encodings")
+    index_path = os.path.join(folder, "index.json")
+    indices = range(args.clips) if indices is None else indices
+    indices = indices[: args.clips or None]
+    keys = [(int(index), draw) for index in indices for draw in range(args.clips_per_video)]
+    shards = -(-len(keys) // args.shard_size)
+    index = dict(complete=False, preset=args.preset, data=args.data, fingerprint=weights_hash(dict(
+        model.named_parameters())), keys=len(keys), shards=shards, shard_size=args.shard_size, stride=args.stride,
+        seed=args.seed, clips_per_video=args.clips_per_video, classes=dataset.classes)
+    if rank == 0:
+        try:
+            with open(index_path) as file:
+                old = json.load(file)
+        except (OSError, ValueError):
+            old = None
+        if old and any(old.get(name) != index[name] for name in index if name != "complete"):
+            print(f"{folder} holds encodings by other weights or settings: they are replaced")
+            shutil.rmtree(folder)
+        os.makedirs(folder, exist_ok=True)
+        write_json(index_path, index)
+    if world > 1:
+        torch.distributed.barrier()
+
+    def there(number):
+        return os.path.isdir(os.path.join(folder, f"shard-{number:05d}"))
+
+    def shard_keys(number):
+        return keys[number * args.shard_size : (number + 1) * args.shard_size]
+
+    # Batches in the order of the shards, none across two of them.
+    batch = max(1, min(args.batch_size // world, 32))
+    todo = [number for number in range(rank, shards, world) if not there(number)]
+    batches = [shard_keys(number)[i : i + batch] for number in todo for i in range(0, len(shard_keys(number)), batch)]
+    loader = iter(torch.utils.data.DataLoader(
+        Readable(dataset), batch_sampler=batches, num_workers=args.workers, collate_fn=lambda items: items,
+        worker_init_fn=quiet_worker))
+    model.eval()
+    bar = tqdm(total=sum(len(shard_keys(number)) for number in todo), desc="encode", unit="clip", disable=rank > 0)
+    for number in todo:
+        contents, motions, records = [], [], []
+        for start_key in range(0, len(shard_keys(number)), batch):
+            items = next(loader)
+            bar.update(len(items))
+            items = [item for item in items if item is not None]
+            if not items:
+                continue
+            video = torch.stack([item["video"] for item in items]).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                content, motion = model.encode(to_frames(video, image))
+            contents.append(content.half().cpu().numpy())
+            motions.append(motion.half().cpu().numpy())
+            records += [dict(label=item["label"], caption=item["caption"]) for item in items]
+        frame, latent = (model.channels, *model.size), (len(model.motion_mean), model.frames, sum(model.grid))
+        contents = np.concatenate(contents or [np.zeros((0, *frame))])
+        motions = np.concatenate(motions or [np.zeros((0, *latent))])
+        sums = [motions.astype(np.float64).__pow__(n).sum((0, 2, 3)).tolist() for n in (1, 2)]
+        write_shard(folder, number, contents, motions, records, sums=sums)
+    bar.close()
+    if world > 1:
+        torch.distributed.barrier()
+
+    infos = [check_shard(os.path.join(folder, f"shard-{number:05d}"), checksums=False) for number in range(shards)]
+    clips = sum(info["clips"] for info in infos)
+    if not clips:
+        raise InputError(f"not one clip of {args.data} could be encoded")
+    first, second = np.sum([info["sums"] for info in infos], 0) / (clips * model.frames * sum(model.grid))
+    std = np.sqrt(np.maximum(second - first**2, 1e-12))
+    model.motion_mean.copy_(torch.tensor(first)[:, None, None])
+    model.motion_std.copy_(torch.tensor(std)[:, None, None])
+    if rank == 0:
+        index |= dict(complete=True, clips=clips, left_out=len(keys) - clips, content=[model.channels, *model.size],
+                      motion=[len(model.motion_mean), model.frames, sum(model.grid)], motion_mean=first.tolist(),
+                      motion_std=std.tolist())
+        write_json(index_path, index)
+        left = f", {len(keys) - clips} unreadable left out" if clips < len(keys) else ""
+        print(f"encoded {clips} clips into {folder}{left}")
+    return index["fingerprint"]
+
+
+def main():
+    args, saved = parse_flags(flags(), PRESETS, "autoencoder")
+    rank, world, device = start(args.seed)
+    share, parts = split_batch(args, world)
+    path = os.path.join(args.run, "autoencoder.pt")
+    size = pair(args.size[0] if len(args.size) == 1 else args.size)
+
+    # Model
+    image, image_state = None, saved["image_autoencoder"] if saved else None
+    if args.channels == 4:
+        if not saved and not args.sd:
+            raise InputError(f"--preset {args.preset} needs --sd: a raw Stable Diffusion file, or its image autoencoder's")
+        if size[0] % (8 * args.patch) or size[1] % (8 * args.patch):
+            raise InputError(f"--size {size[0]} {size[1]}: height and width must be multiples of {8 * args.patch}, the "
+                             "image autoencoder's 8 times the patch")
+        image_state = image_state or half(load_image_autoencoder(args.sd))
+        image = open_image_autoencoder(image_state, device)
+    config = dict(channels=args.channels, frames=args.frames, size=[n // 8 for n in size] if image else list(size),
+                  patch=args.patch, width=args.width, motion_channels=args.motion_channels, depth=args.depth,
+                  heads=args.heads, content=args.content, smooth=args.smooth, squash=image is None)
+    if saved:
+        check_config(config, saved, path)
+    model = Autoencoder(**config).to(device)
+    model.encoder.checkpointing = model.decoder.checkpointing = args.checkpointing
+    lpips = load_lpips(*args.lpips).to(device) if args.lpips else None
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=args.betas, fused=True)
+    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, (loss_sum, bad_row, skipped) = saved["step"], saved["counts"].to(device)
+    reconstruct = torch.compile(model) if args.compile else model
+    if world > 1:
+        reconstruct = DistributedDataParallel(reconstruct, gradient_as_bucket_view=True)
+
+    # Data
+    if not args.data:
+        raise InputError(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions")
+    dataset, indices, test_set, test = open_dataset(args.data, args.frames, size, args.stride, args.split,
+                                                    args.captions, args.seed)
+    batches = stream(dataset, args.batch_size, args.seed, first, args.workers, rank, world, indices)
+    mine = slice(rank * share, (rank + 1) * share)
+
+    os.makedirs(os.path.join(args.run, "previews"), exist_ok=True)
+    columns = "step loss lr grad_norm skipped clips_per_second psnr psnr_of_mean_frame".split()
+    log = rank == 0 and Log(os.path.join(args.run, "autoencoder.csv"), columns, first,
+                            (args.log_every, args.preview_every))
+
+    def save(step, fingerprint=None):
+        save_checkpoint(path, dict(
+            stage="autoencoder", step=step, args=vars(args), config=config, classes=dataset.classes,
+            fingerprint=fingerprint, model=model.state_dict(), optimizer=optimizer.state_dict(),
+            counts=torch.stack([loss_sum, bad_row, skipped]), image_autoencoder=image_state))
+
+    stop, generator = StopSignal(), torch.Generator(device)
+    last = first if args.encode else args.steps
+    if rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"autoencoder: {count / 1e6:.1f} M parameters, steps {first} to {last}, {args.run}")
+    bar = tqdm(range(first, last), initial=first, total=last, desc="autoencoder", disable=rank > 0)
+    since, clock = first, time.perf_counter()
+    for step in bar:
+        # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
+        # so a resumed run, or one on more ranks, sees the same noise.
+        video = to_frames(next(batches)["video"].to(device, non_blocking=True), image)
+        generator.manual_seed(args.seed * 1_000_003 + step)
+        noise = args.noise * torch.randn(args.batch_size, args.motion_channels, args.frames, sum(model.grid),
+                                         generator=generator, device=device)[mine]
+        one = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+        for part in parts:
+            with last_only(reconstruct, part, parts), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+                again = reconstruct(video[part], noise[part])
+                error = again.float() - video[part]
+                loss = error.square().mean() if args.loss == "mse" else error.abs().mean()
+                if lpips:
+                    frame = torch.arange(len(again), device=device), slice(None), one[part]
+                    loss = loss + lpips(again[frame], video[part][frame]).mean()
+                (loss / len(parts)).backward()
+            loss_sum += loss.detach().nan_to_num() / len(parts)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
+        optimizer.found_inf = bad.float()  # so that the device need not be asked
+        optimizer.step()
+        optimizer.zero_grad()
+        bad_row, skipped = (bad_row + 1) * bad, skipped + bad
+
+        # The rest is logging, pictures, saving.
+        done, stopping = step + 1, bool(stop)
+        saving = done % args.save_every == 0 or done == last or stopping
+        logging = done % args.log_every == 0 or done == last
+        row = dict(step=done, lr=learning_rate(args, step))
+        if saving or logging:
+            loss_sum = average(loss_sum)
+        if logging:
+            seconds = time.perf_counter() - clock
+            row |= dict(loss=loss_sum.item() / (done % args.log_every or args.log_every), grad_norm=norm.item(),
+                        skipped=int(skipped), clips_per_second=(done - since) * args.batch_size / seconds)
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['clips_per_second']:.1f} clips/s")
+            check_finite(bad_row, done, path)
+        if rank == 0 and (done % args.preview_every == 0 or done == last):
+            row["psnr"], row["psnr_of_mean_frame"] = evaluate(
+                model, image, test_set, test[:240 if done == last else 32],
+                os.path.join(args.run, "previews", f"autoencoder-{done:06d}.png"))
+            bar.write(f"step {done}: PSNR {row['psnr']:.1f} dB on test clips, repeating the mean frame "
+                      f"{row['psnr_of_mean_frame']:.1f} dB")
+        if rank == 0 and (logging or "psnr" in row):
+            log(**row)
+        if logging and done % args.log_every == 0:
+            loss_sum = torch.zeros_like(loss_sum)
+            since, clock = done, time.perf_counter()
+        if rank == 0 and saving:
+            save(done)
+        if stopping:
+            bar.close()
+            if rank == 0:
+                print(f"stopped after step {done}, saved: --resume goes on")
+            return
+    fingerprint = encode_dataset(args, model, image, dataset, indices, rank, world, device)
+    if rank == 0:
+        save(last, fingerprint)
+
+
+if __name__ == "__main__":
+    run(main)

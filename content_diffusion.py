@@ -1,0 +1,881 @@
+"""Stage 2, content frame diffusion: learns to draw content frames from noise, given a class or a text.
+
+Equation 7 and table 7 of the paper. In: content frames (B, C, H, W) that stage 1 encoded, with labels or captions.
+Out: a diffusion model p(content | c): a DiT from scratch, or Stable Diffusion's U-Net, fine-tuned with nothing added.
+
+    python content_diffusion.py                                      # on the shapes that autoencoder.py encoded
+    python content_diffusion.py --run runs/ucf101                    # the preset is the run's own
+    torchrun --nproc-per-node 8 content_diffusion.py --run runs/webvid_sd15 --sd v1-5-pruned.safetensors
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 content_diffusion.py ...
+
+It needs nothing of stage 3: train both side by side. Where we differ from the authors' release: no learned variance
+(DDIM with eta 0 never uses it), EMA 0.999 as the paper says, and Stable Diffusion, which the release lacks.
+"""
+
+import copy
+
+import functools
+import math
+import os
+import re
+import time
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from autoencoder import describe, load_autoencoder, load_weights, read_checkpoint, to_pixels, with_prefix
+from data import (
+    EncodedClips, Flags, InputError, Log, StopSignal, average, check_config, check_finite, last_only, learning_rate,
+    pair, parse_flags, run, save_checkpoint, split_batch, start, stream, write_sheet,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion: noising, and the loss
+
+
+class Diffusion:
+    """Gaussian diffusion over 1000 timesteps: x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps.
+
+    schedule: 'linear' betas 1e-4 to 0.02 (DiT's), or 'scaled_linear', Stable Diffusion's 0.00085 to 0.012, linear in
+    their roots. predict: what the model returns, 'eps' as in the paper or 'v' = sqrt(abar) eps - sqrt(1 - abar) x.
+    """
+
+    def __init__(self, schedule="linear", predict="eps"):
+        if schedule == "linear":
+            beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        else:
+            beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.abar = (1 - beta).cumprod(0).float()  # (1000,)
+        self.predict = predict
+
+    def to(self, device):
+        self.abar = self.abar.to(device)
+        return self
+
+    def scales(self, t, x):
+        """sqrt(abar_t), sqrt(1 - abar_t) for timesteps (B,), to multiply x (B, ...) with."""
+        abar = self.abar[t].view(-1, *[1] * (x.ndim - 1))
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def loss(self, model, x, t, eps):
+        """Equations 7 and 8, the mean squared error of model(x_t, t). x, eps (B, ...), t (B,) in 0..999."""
+        signal, noise = self.scales(t, x)
+        target = eps if self.predict == "eps" else signal * eps - noise * x
+        return (model(signal * x + noise * eps, t).float() - target).square().mean()
+
+    def split(self, output, x_t, t):
+        """The model's output for x_t -> what it takes for the clean x and for the noise eps."""
+        signal, noise = self.scales(t, x_t)
+        if self.predict == "v":
+            return signal * x_t - noise * output, signal * output + noise * x_t
+        return (x_t - noise * output) / signal, output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DiT: the content model trained from scratch
+
+
+def sincos_positions(rows, columns, width):
+    """(rows * columns, width): fixed 2-D sine-cosine positions; the first half of the width tells the column."""
+
+    def of(position):
+        angle = position[:, None] / 10000 ** (torch.arange(width // 4) / (width // 4))
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.cat([of(column.flatten()), of(row.flatten())], 1)
+
+
+def timestep_embedding(t, width):
+    """t (B,) -> (B, width): cosines then sines at frequencies from 1 down to 1/10000, of DiT and Stable Diffusion."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angle = t[:, None].float() * frequencies
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        return self.mlp(timestep_embedding(t, 256).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """One vector a class, and a last one for 'nothing', which stands in for a dropped label."""
+
+    def __init__(self, classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, labels):
+        return self.embedding_table(labels)
+
+
+class DiTAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """A transformer block that the condition shifts, scales and gates. The gates start at 0: AdaLN-zero, the identity."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = DiTAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def init_transformer(model):
+    """DiT's initialisation. Zero gates and a zero last layer: the model starts as the identity that outputs zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for block in model.blocks:
+        nn.init.zeros_(block.adaLN_modulation[-1].weight)
+    nn.init.zeros_(model.final_layer.adaLN_modulation[-1].weight)
+    nn.init.zeros_(model.final_layer.linear.weight)
+    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+
+
+DIT_SIZES = {  # Peebles & Xie, table 1; "mini" is ours, for the shapes preset
+    "XL": dict(width=1152, depth=28, heads=16),
+    "L": dict(width=1024, depth=24, heads=16),
+    "B": dict(width=768, depth=12, heads=12),
+    "S": dict(width=384, depth=12, heads=6),
+    "mini": dict(width=128, depth=4, heads=4),
+}
+
+
+class DiT(nn.Module):
+    """dit(x, t, labels): x (B, C, H, W), t (B,) in 0..999, labels (B,) in 0..classes -> (B, C, H, W).
+
+    Label `classes` means nothing. It has the raw DiT files' tensor names but predicts no variance, which DDIM with
+    eta 0 never uses. Defaults: DiT-XL/2 on Stable Diffusion's latents of 256x256.
+    """
+
+    def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, classes=1000):
+        super().__init__()
+        self.channels, self.size, self.patch, self.classes = channels, pair(size), patch, classes
+        height, wide = self.size
+        if height % patch or wide % patch:
+            raise InputError(f"a content frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}")
+        self.grid = (height // patch, wide // patch)
+        self.x_embedder = nn.Module()
+        self.x_embedder.proj = nn.Conv2d(channels, width, patch, patch)
+        self.register_buffer("pos_embed", sincos_positions(*self.grid, width)[None], persistent=False)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(classes, width)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch * patch * channels)
+        self.checkpointing = False
+        init_transformer(self)
+
+    def forward(self, x, t, labels):
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, width)
+        c = self.t_embedder(t) + self.y_embedder(labels)  # (B, width)
+        for block in self.blocks:
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x = block(x, c)
+        x = self.final_layer(x, c)  # (B, N, patch * patch * C)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid[0], p=self.patch, q=self.patch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion's U-Net
+
+
+class ResBlock(nn.Module):
+    """(B, inputs, H, W), time embedding (B, 4 width) -> (B, outputs, H, W)."""
+
+    def __init__(self, inputs, outputs, time_width):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_width, outputs))
+        self.out_layers = nn.Sequential(  # the file counts a dropout of zero, here the identity
+            nn.GroupNorm(32, outputs), nn.SiLU(), nn.Identity(), nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x, time):
+        h = self.in_layers(x) + self.emb_layers(time)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class CrossAttention(nn.Module):
+    """Each of N tokens looks at M others: (B, N, width), (B, M, context) -> (B, N, width)."""
+
+    def __init__(self, width, context, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context, width, bias=False)
+        self.to_v = nn.Linear(context, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x, context):
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or M, width / heads)
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, width)
+
+
+class GEGLU(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    """Attention among the places, to the text, and a feed-forward: (B, N, width), (B, M, context) -> (B, N, width)."""
+
+    def __init__(self, width, context, heads):
+        super().__init__()
+        self.attn1 = CrossAttention(width, width, heads)
+        self.attn2 = CrossAttention(width, context, heads)
+        self.ff = nn.ModuleDict(dict(
+            net=nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, x, context):
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff.net(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the places of a feature map. `linear`: projects after flattening (2.1), else before."""
+
+    def __init__(self, width, context, heads, linear):
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.proj_in, self.proj_out = (nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
+                                       for _ in range(2))
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context, heads)])
+
+    def forward(self, x, context):
+        h = self.norm(x)
+        h = h if self.linear else self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, HW, width)
+        h = self.proj_in(h) if self.linear else h
+        h = self.transformer_blocks[0](h, context)
+        h = self.proj_out(h) if self.linear else h
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, width, H, W)
+        return x + (h if self.linear else self.proj_out(h))
+
+
+class UNet(nn.Module):
+    """Stable Diffusion's U-Net: noisy latents -> the noise in them. Its state_dict has the raw file's names.
+
+    The defaults are 1.5 (859.5 M parameters); `context=1024, head_width=64` is 2.1 (865.9 M), where the heads' width is
+    fixed instead of their number and the transformers' projections are linear layers instead of 1x1 convolutions.
+    Set `checkpointing = True` to recompute activations in the backward pass instead of storing them.
+    """
+
+    def __init__(self, width=320, context=768, heads=8, head_width=None, channels=4, multipliers=(1, 2, 4, 4),
+                 blocks=2):
+        super().__init__()
+        self.width, self.context, self.channels, self.checkpointing = width, context, channels, False
+
+        def transformer(outputs):
+            count = heads if head_width is None else max(1, outputs // head_width)
+            return SpatialTransformer(outputs, context, count, linear=head_width is not None)
+
+        time_width, here, skips = 4 * width, width, [width]
+        last = len(multipliers) - 1  # the level of lowest resolution, which has no attention
+        self.time_embed = nn.Sequential(nn.Linear(width, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(channels, width, 3, padding=1)])])
+        for level, multiplier in enumerate(multipliers):
+            outputs = width * multiplier
+            for _ in range(blocks):
+                layers = [ResBlock(here, outputs, time_width)] + [transformer(outputs)] * (level < last)
+                self.input_blocks.append(nn.ModuleList(layers))
+                here = outputs
+                skips.append(here)
+            if level < last:
+                down = nn.ModuleDict(dict(op=nn.Conv2d(here, here, 3, stride=2, padding=1)))
+                self.input_blocks.append(nn.ModuleList([down]))
+                skips.append(here)
+        self.middle_block = nn.ModuleList(
+            [ResBlock(here, here, time_width), transformer(here), ResBlock(here, here, time_width)])
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(len(multipliers))):
+            outputs = width * multipliers[level]
+            for i in range(blocks + 1):
+                layers = [ResBlock(here + skips.pop(), outputs, time_width)] + [transformer(outputs)] * (level < last)
+                here = outputs
+                if level and i == blocks:
+                    layers.append(nn.ModuleDict(dict(conv=nn.Conv2d(here, here, 3, padding=1))))
+                self.output_blocks.append(nn.ModuleList(layers))
+        self.out = nn.Sequential(nn.GroupNorm(32, here), nn.SiLU(), nn.Conv2d(here, channels, 3, padding=1))
+
+    def run(self, layers, x, time, context, size=None):
+        for layer in layers:
+            if isinstance(layer, (ResBlock, SpatialTransformer)):
+                condition = time if isinstance(layer, ResBlock) else context
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, condition, use_reentrant=False)
+                else:
+                    x = layer(x, condition)
+            elif isinstance(layer, nn.Conv2d):
+                x = layer(x)
+            elif "op" in layer:
+                x = layer["op"](x)  # (B, C, ceil(H/2), ceil(W/2))
+            else:  # to the size that the next skip has: twice this one, or one less where that was odd
+                x = layer["conv"](F.interpolate(x, size=size, mode="nearest"))
+        return x
+
+    def forward(self, x, t, context):
+        """x (B, 4, H, W) scaled latents, t (B,) timesteps 0 to 999, context (B, 77, context) -> noise (B, 4, H, W)."""
+        time = self.time_embed(timestep_embedding(t, self.width).to(x.dtype))  # (B, 4 width)
+        skips = []
+        for layers in self.input_blocks:
+            x = self.run(layers, x, time, context)
+            skips.append(x)
+        x = self.run(self.middle_block, x, time, context)
+        for layers in self.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = self.run(layers, x, time, context, size=skips[-1].shape[2:] if skips else None)
+        return self.out(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion's text encoders
+
+
+START, END = 49406, 49407  # CLIP's tokens around every caption
+
+
+@functools.cache
+def tokenizer():
+    from clip.simple_tokenizer import SimpleTokenizer
+    return SimpleTokenizer()
+
+
+def tokenize(captions, pad, length=77):
+    """A list of N captions -> tokens (N, length): START, the words, END, then `pad`.
+
+    Longer captions lose their last words (END stays last); one warning a call names the words lost.
+    """
+    tokens, lost = torch.full((len(captions), length), pad), []
+    for row, caption in zip(tokens, captions):
+        words = tokenizer().encode(caption)
+        if len(words) > length - 2:
+            lost.append(tokenizer().decode(words[length - 2:]).strip())
+            words = words[:length - 2]
+        row[:len(words) + 2] = torch.tensor([START, *words, END])
+    if lost:
+        more = f", and the ends of {len(lost) - 1} more prompts" if len(lost) > 1 else ""
+        warnings.warn(f"a prompt is longer than {length} tokens; left out: '{lost[0]}'{more}", stacklevel=2)
+    return tokens
+
+
+class TextLayer(nn.Module):
+    def __init__(self, width, heads, quick_gelu):
+        super().__init__()
+        self.heads, self.quick_gelu = heads, quick_gelu
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attn = nn.ModuleDict({f"{part}_proj": nn.Linear(width, width) for part in ("q", "k", "v", "out")})
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width)))
+
+    def forward(self, x):
+        h, attention = self.layer_norm1(x), self.self_attn
+        q, k, v = (layer(h).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, width / heads)
+                   for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attention.out_proj(h.transpose(1, 2).flatten(2))
+        h = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text transformer, the hidden states of all tokens: tokens (B, 77) -> (B, 77, width).
+
+    The defaults are 1.5's: CLIP ViT-L/14, quick-GELU, padded with END. 2.1's is OpenCLIP ViT-H/14 up to its
+    last-but-one layer: width 1024, 23 layers, 16 heads, exact GELU, padded with 0. Names are Hugging Face's; padding
+    is not masked.
+    """
+
+    def __init__(self, width=768, layers=12, heads=12, quick_gelu=True, pad=END, vocabulary=49408, length=77):
+        super().__init__()
+        self.config = dict(width=width, layers=layers, heads=heads, quick_gelu=quick_gelu, pad=pad,
+                           vocabulary=vocabulary, length=length)
+        self.width, self.pad, self.length = width, pad, length
+        self.embeddings = nn.ModuleDict(dict(token_embedding=nn.Embedding(vocabulary, width),
+                                             position_embedding=nn.Embedding(length, width)))
+        self.encoder = nn.ModuleDict(dict(
+            layers=nn.ModuleList(TextLayer(width, heads, quick_gelu) for _ in range(layers))))
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, tokens):
+        x = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight[:tokens.shape[1]]
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.final_layer_norm(x)
+
+    def encode(self, captions):
+        """A list of B captions ('' is the empty prompt) -> hidden states (B, 77, width) on the encoder's device."""
+        tokens = tokenize(captions, self.pad, self.length)
+        return self(tokens.to(self.final_layer_norm.weight.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading raw weights
+
+
+def build_unet(tensors, path):
+    """The UNet in a Stable Diffusion file's tensors; its sizes, and so its version, come from their shapes."""
+    own = with_prefix(tensors, "model.diffusion_model.")
+    if "input_blocks.0.0.weight" not in own or any(name.startswith("label_emb.") for name in own):
+        raise InputError(f"{path} is not a Stable Diffusion 1.5 or 2.1 file: {describe(tensors)}")
+    width, channels = own["input_blocks.0.0.weight"].shape[:2]
+    if channels != 4:
+        kind = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpainting"}.get(channels, "another")
+        raise InputError(f"{path}: this is the {kind} U-Net: {channels} input channels instead of 4")
+    levels = 1 + sum(name.endswith(".0.op.weight") for name in own)
+    blocks = len({name.split(".")[1] for name in own if name.startswith("input_blocks.")}) // levels - 1
+    multipliers = [len(own.get(f"input_blocks.{1 + i * (blocks + 1)}.0.out_layers.3.weight", ())) // width
+                   for i in range(levels)]
+    keys = own.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    if keys is None or 0 in multipliers or width % 32:
+        raise InputError(f"{path}: the U-Net lacks tensors from which its sizes are read: is the file complete?")
+    linear = own.get("input_blocks.1.1.proj_in.weight", keys).ndim == 2
+    with torch.device("meta"):
+        unet = UNet(width, keys.shape[1], 8, 64 if linear else None, channels, multipliers, blocks)
+    load_weights(unet, own, f"{path}: the U-Net")
+    return unet
+
+
+def from_openclip(tensors):
+    """OpenCLIP's names -> Hugging Face's, without the last layer: Stable Diffusion 2 reads the one before it."""
+    names = {"token_embedding.weight": "embeddings.token_embedding.weight",
+             "positional_embedding": "embeddings.position_embedding.weight",
+             "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias"}
+    parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
+             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    own = {new: tensors[old] for old, new in names.items() if old in tensors}
+    layers = with_prefix(tensors, "transformer.resblocks.")
+    last = max(int(name.split(".")[0]) for name in layers)
+    for name, tensor in layers.items():
+        layer, _, part = name.partition(".")
+        part, _, kind = part.rpartition(".")
+        if int(layer) == last:
+            continue
+        if kind.startswith("in_proj_"):  # q, k and v in one
+            for part, third in zip("qkv", tensor.chunk(3)):
+                own[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind[8:]}"] = third
+        else:
+            own[f"encoder.layers.{layer}.{parts.get(part, part)}.{kind}"] = tensor
+    return own
+
+
+def build_text_encoder(tensors, path):
+    """The frozen TextEncoder in a file's tensors: CLIP's in Hugging Face's names, or OpenCLIP's in its own."""
+    own, openclip = {}, False
+    for prefix in ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_model.",
+                   "cond_stage_model.model.", ""):
+        part = with_prefix(tensors, prefix)
+        openclip = "transformer.resblocks.0.attn.in_proj_weight" in part
+        if openclip or "embeddings.token_embedding.weight" in part:
+            own = from_openclip(part) if openclip else {
+                name: tensor for name, tensor in part.items()
+                if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and "position_ids" not in name}
+            break
+    layers = {name.split(".")[2] for name in own if name.startswith("encoder.layers.")}
+    table, positions = (own.get(f"embeddings.{part}_embedding.weight") for part in ("token", "position"))
+    if not layers or table is None or positions is None:
+        raise InputError(f"{path}: this file has no text encoder; {describe(tensors)}")
+    if len(table) != 49408:
+        raise InputError(f"{path}: the text encoder knows {len(table)} tokens; CLIP's, which is needed, knows 49408")
+    width = table.shape[1]
+    with torch.device("meta"):
+        encoder = TextEncoder(width, len(layers), max(1, width // 64), quick_gelu=not openclip,
+                              pad=0 if openclip else END, length=len(positions))
+    load_weights(encoder, own, f"{path}: the text encoder")
+    return encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def noise_agreement(unet, encoder):
+    """Cosine between a U-Net's input and output at t = 999. That input is all but noise, so a model that predicts the
+    noise returns it (close to 1), and one that predicts v, there minus the clean latent, does not."""
+    tokens = torch.full((1, encoder.length), encoder.pad)
+    tokens[0, :2] = torch.tensor([START, END])
+    x = torch.randn(1, unet.channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    return F.cosine_similarity(unet(x, torch.tensor([999]), encoder(tokens)).flatten(), x.flatten(), dim=0).item()
+
+
+def load_stable_diffusion(path):
+    """Reads a full Stable Diffusion 1.5 or 2.1-base file (.safetensors, .ckpt) -> UNet, TextEncoder (frozen).
+
+    In float32, on the CPU. The version is told by the shapes; the plain weights are taken, never 'model_ema.'.
+    Shapes cannot tell the 768 model of 2.1, which predicts v: it is refused if the file says so (hyper-parameters,
+    metadata, a 'v_pred' tensor), or if its name does and its answer at t = 999 is not the noise; an answer that is not
+    the noise under another name is a warning. Raises InputError.
+    """
+    hints = {}
+    tensors = read_checkpoint(path, hints)
+    unet, encoder = build_unet(tensors, path), build_text_encoder(tensors, path)
+    if unet.context != encoder.width:
+        raise InputError(f"{path}: the U-Net reads text of width {unet.context}, the encoder writes {encoder.width}")
+    said = [f"{name} = {value}" for name, value in hints.items() if name.split(".")[-1] in (
+        "parameterization", "prediction_type") and value.lower() in ("v", "v_prediction", "vpred")]
+    said += ["a tensor named v_pred"] if "v_pred" in tensors else []
+    agreement = noise_agreement(unet, encoder)
+    if not said and agreement < 0.7 and (word := re.search(r"768|v-?_?pred", os.path.basename(path).lower())):
+        said = [f"its name has {word[0]}, and its answer at t = 999 is not the noise"]
+    if said:
+        raise InputError(f"{path}: this is the 768 v-prediction model or one like it ({said[0]}); "
+                         "one that predicts the noise is needed, as v2-1_512-ema-pruned")
+    if agreement < 0.7:
+        warnings.warn(f"{path}: at t = 999 the U-Net's answer has cosine {agreement:.2f} with the noise, where a model"
+                      " that predicts it has almost 1: a v-prediction model, or not a trained one", stacklevel=2)
+    return unet, encoder
+
+
+def load_text_encoder(path):
+    """Reads a frozen TextEncoder from a full Stable Diffusion file, a Hugging Face CLIP text file (CLIP ViT-L/14) or an
+    OpenCLIP file (ViT-H/14, whose picture half is ignored). Raises InputError."""
+    return build_text_encoder(read_checkpoint(path), path)
+
+
+def load_dit(path, dit):
+    """Loads DiT's raw ImageNet weights (DiT-XL-2-256x256.pt) into a DiT; returns a line on each thing that was adapted.
+
+    Raises InputError for another kind of file and for another width or depth.
+    """
+    tensors, own, notes = read_checkpoint(path), dit.state_dict(), []
+    kernel, table, last = "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear."
+    if not {kernel, table, last + "weight", last + "bias"} <= tensors.keys():
+        raise InputError(f"{path} is no DiT: {describe(tensors)}")
+    width, channels, patch = tensors[kernel].shape[:3]
+    if width != own[kernel].shape[0]:
+        raise InputError(f"{path} is a DiT of width {width}, and the model has {own[kernel].shape[0]}: choose its size")
+
+    fresh = own[table].clone()
+    fresh[-1] = tensors[table][-1]
+    notes.append(f"class table: {len(tensors[table]) - 1} classes left out, {len(fresh) - 1} start fresh; the last row,"
+                 " which stands for no class, is kept")
+    tensors[table] = fresh
+
+    positions = tensors.pop("pos_embed", None)  # (1, N, width) of a square grid
+    if positions is not None:
+        side = math.isqrt(positions.shape[1])
+        same = side**2 == positions.shape[1] and torch.allclose(
+            positions[0].float(), sincos_positions(side, side, width), atol=1e-4)
+        if not same:
+            notes.append("positions: the file's are not DiT's sines and cosines; left out, the model computes its own")
+        elif dit.grid != (side, side):
+            notes.append(f"positions: computed for {dit.grid[0]}x{dit.grid[1]} patches instead of {side}x{side}")
+
+    # The rows of the last layer are (p, q, channel), and a file that learned sigma has twice the channels.
+    heads = {kind: tensors[last + kind].float().unflatten(0, (patch, patch, -1)) for kind in ("weight", "bias")}
+    if heads["bias"].shape[2] == 2 * channels:
+        heads = {kind: tensor[:, :, :channels] for kind, tensor in heads.items()}
+        notes.append(f"output: the {channels} channels of sigma left out")
+    if channels != dit.channels:  # latents and pixels, or other latents: no channel means the same
+        notes.append(f"channels: {dit.channels} instead of {channels}; the patch embedding and last layer start fresh")
+        tensors |= {name: own[name] for name in own if name.startswith(("x_embedder.", last))}
+    else:
+        if patch != dit.patch:
+            def resize(tensor):  # (..., patch, patch) -> (..., dit.patch, dit.patch)
+                return F.interpolate(tensor, size=(dit.patch, dit.patch), mode="bilinear", antialias=True)
+
+            # A patch of one colour must give the same token, so the kernel keeps its sum; each pixel keeps its output.
+            tensors[kernel] = resize(tensors[kernel].float()) * (patch / dit.patch) ** 2
+            heads = {kind: resize(tensor.reshape(patch, patch, -1).permute(2, 0, 1)[None])[0].permute(1, 2, 0).reshape(
+                dit.patch, dit.patch, *tensor.shape[2:]) for kind, tensor in heads.items()}
+            notes.append(f"patch: {dit.patch} instead of {patch}; the patch embedding and last layer are resized")
+        tensors |= {last + kind: tensor.flatten(0, 2) for kind, tensor in heads.items()}
+    load_weights(dit, tensors, f"{path}: the DiT")
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets and flags
+
+
+PRESETS = {
+    # Against the paper: a small DiT, v-prediction (its loss weighs the low noise levels less, which a short run cannot
+    # fit), a higher learning rate that decays, a shorter EMA. Label embeddings start at unit size in every preset:
+    # DiT's 0.02 takes a short run thousands of steps to outgrow.
+    "shapes": dict(
+        model="mini", patch=4, predict="v", schedule="linear", lr=1e-3, batch_size=32, steps=3000, decay_steps=3000,
+        ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
+    ),
+    # Table 7. 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M, at batch 256.
+    "ucf101": dict(
+        model="XL", patch=2, predict="eps", schedule="linear", lr=1e-4, batch_size=256, steps=111_762, decay_steps=0,
+        ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
+    ),
+    "webvid_sd15": dict(
+        model="sd", patch=2, predict="eps", schedule="scaled_linear", lr=1e-4, batch_size=256, steps=125_391,
+        decay_steps=0, ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
+    ),
+    "webvid_sd21": dict(
+        model="sd", patch=2, predict="eps", schedule="scaled_linear", lr=1e-4, batch_size=256, steps=125_391,
+        decay_steps=0, ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
+    ),
+}
+
+
+def flags():
+    parser = Flags(__doc__.split("\n")[0])
+    run_ = parser.add_argument_group("run")
+    run_.add_argument("--preset", choices=PRESETS, help="fills every default below (default: the run's, else shapes)")
+    run_.add_argument("--run", help="run folder with the encodings (default: runs/PRESET)")
+    run_.add_argument("--data", help="the data set that was encoded; only checked against the encodings")
+    run_.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
+    run_.add_argument("--seed", type=int, default=0)
+    run_.add_argument("--workers", type=int, help="loader processes on each rank")
+    model = parser.add_argument_group("model (table 7)")
+    model.add_argument("--model", choices=[*DIT_SIZES, "sd"], help="DiT's size, or sd: Stable Diffusion's U-Net")
+    model.add_argument("--patch", type=int, help="DiT's patch")
+    model.add_argument("--sd", help="raw Stable Diffusion 1.5 or 2.1-base file, for --model sd")
+    model.add_argument("--dit", help="raw ImageNet DiT file to start a DiT from, such as DiT-XL-2-256x256.pt")
+    model.add_argument("--predict", choices=["eps", "v"], help="what the model predicts")
+    model.add_argument("--schedule", choices=["linear", "scaled_linear"], help="DiT's betas, or Stable Diffusion's")
+    train = parser.add_argument_group("training")
+    train.add_argument("--steps", type=int, help="steps in all")
+    train.add_argument("--batch-size", type=int, help="clips a step, over all ranks")
+    train.add_argument("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
+    train.add_argument("--lr", type=float)
+    train.add_argument("--decay-steps", type=int, help="cosine decay of the rate by this step; 0 keeps it")
+    train.add_argument("--ema", type=float, help="decay of the weights' moving average")
+    train.add_argument("--drop", type=float, help="how often the label or prompt is dropped, for guidance")
+    train.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    train.add_argument("--compile", action="store_true", help="torch.compile the model")
+    train.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
+    train.add_argument("--log-every", type=int)
+    train.add_argument("--save-every", type=int)
+    train.add_argument("--preview-every", type=int)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def build_content_model(state):
+    """The content model of a checkpoint dict, with its EMA weights: (DiT or UNet, TextEncoder or None)."""
+    if state["config"]["model"] == "sd":
+        model = build_unet(state["ema"], "content.pt")
+        return model, build_saved_text_encoder(state["text_encoder"])
+    model = DiT(**{name: value for name, value in state["config"].items() if name != "model"})
+    model.load_state_dict(state["ema"])
+    return model, None
+
+
+def save_text_encoder(encoder):
+    return dict(config=encoder.config, weights={name: tensor.half() for name, tensor in encoder.state_dict().items()})
+
+
+def build_saved_text_encoder(saved):
+    encoder = TextEncoder(**saved["config"])
+    load_weights(encoder, saved["weights"], "the run's text encoder")
+    return encoder.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def preview(ema, diffusion, condition_of, shape, classes, run_folder, step, device):
+    """Draws 16 content frames by 25 DDIM steps, without guidance, into the run folder."""
+    from sample import ddim  # sample.py imports this file
+
+    image = load_autoencoder(run_folder, device)[1]
+    batch = dict(label=torch.arange(16) % max(1, len(classes)), caption=["a video"] * 16)
+    condition = condition_of(batch, torch.zeros(16, dtype=torch.bool, device=device))
+    noise = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    frames = ddim(lambda x, t: ema(x, t, condition), noise, diffusion, steps=25)
+    write_sheet(os.path.join(run_folder, "previews", f"content-{step:06d}.png"),
+                list(to_pixels(frames[:, :, None], image).cpu()), columns=8)
+
+
+def main():
+    args, saved = parse_flags(flags(), PRESETS, "content")
+    rank, world, device = start(args.seed)
+    share, parts = split_batch(args, world)
+    path = os.path.join(args.run, "content.pt")
+
+    # Data: content frames with their labels or captions
+    dataset = EncodedClips(args.run, args.data)
+    shape = dataset.content_shape  # (C, H, W)
+
+    # Model
+    config, text_encoder = dict(model=args.model), None
+    if args.model != "sd":
+        config |= dict(channels=shape[0], size=list(shape[1:]), patch=args.patch, classes=max(1, len(dataset.classes)),
+                       **DIT_SIZES[args.model])
+    if saved:
+        check_config(config, saved, path)
+        model, text_encoder = build_content_model(saved)
+    elif args.model == "sd":
+        if not args.sd:
+            raise InputError("--model sd needs --sd: a raw Stable Diffusion 1.5 or 2.1-base file")
+        model, text_encoder = load_stable_diffusion(args.sd)
+        if shape[0] != model.channels:
+            raise InputError(f"the content frames in {args.run} have {shape[0]} channels, Stable Diffusion's latents "
+                             f"{model.channels}: encode with `autoencoder.py --preset webvid_sd15`")
+    else:
+        model = DiT(**{name: value for name, value in config.items() if name != "model"})
+        for note in load_dit(args.dit, model) if args.dit else ():
+            if rank == 0:
+                print(f"{args.dit}: {note}")
+    ema = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+    if saved:
+        model.load_state_dict(saved["model"])
+    model = model.to(device).train().requires_grad_(True)
+    model.checkpointing = args.checkpointing
+    if text_encoder:
+        text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    weights, averages = list(model.parameters()), list(ema.parameters())
+    optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
+    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        first, (loss_sum, bad_row, skipped) = saved["step"], saved["counts"].to(device)
+    diffusion = Diffusion(args.schedule, args.predict).to(device)
+    predict = torch.compile(model) if args.compile else model
+    if world > 1:
+        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True)
+
+    def condition_of(batch, dropped):
+        """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""
+        if text_encoder is None:
+            return torch.where(dropped, model.classes, batch["label"].to(device))
+        captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped.tolist())]
+        with torch.no_grad():
+            return text_encoder.encode(captions).float()
+
+    def save(step):
+        save_checkpoint(path, dict(
+            stage="content", step=step, args=vars(args), config=config, classes=dataset.classes, shape=list(shape),
+            fingerprint=dataset.index["fingerprint"], model=model.state_dict(), ema=ema.state_dict(),
+            optimizer=optimizer.state_dict(), counts=torch.stack([loss_sum, bad_row, skipped]),
+            text_encoder=text_encoder and save_text_encoder(text_encoder)))
+
+    batches = stream(dataset, args.batch_size, args.seed, first, args.workers, rank, world)
+    mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
+    os.makedirs(os.path.join(args.run, "previews"), exist_ok=True)
+    log = rank == 0 and Log(os.path.join(args.run, "content.csv"),
+                            "step loss lr grad_norm skipped clips_per_second".split(), first, (args.log_every,))
+    stop, generator = StopSignal(), torch.Generator(device)
+    if rank == 0:
+        print(f"content model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
+              f"steps {first} to {args.steps}, {path}")
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="content", disable=rank > 0)
+    since, clock = first, time.perf_counter()
+    for step in bar:
+        # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
+        # so a resumed run, or one on more ranks, sees the same noise.
+        batch = next(batches)
+        content = batch["content"].to(device, non_blocking=True)
+        generator.manual_seed(args.seed * 1_000_003 + step)
+        t = torch.randint(1000, (args.batch_size,), generator=generator, device=device)[mine]
+        noise = torch.randn(args.batch_size, *shape, generator=generator, device=device)[mine]
+        dropped = torch.rand(args.batch_size, generator=generator, device=device)[mine] < args.drop
+        condition = condition_of(batch, dropped)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step)
+        for part in parts:
+            with last_only(predict, part, parts):
+                with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+                    loss = diffusion.loss(lambda x, t: predict(x, t, condition[part]), content[part], t[part], noise[part])
+                (loss / len(parts)).backward()
+            loss_sum += loss.detach().nan_to_num() / len(parts)
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
+        bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
+        optimizer.found_inf = bad.float()  # so the device need not be asked
+        optimizer.step()
+        optimizer.zero_grad()
+        bad_row, skipped = (bad_row + 1) * bad, skipped + bad
+        decay = min(args.ema, (1 + step) / (10 + step))  # short at first, so that the random start is soon forgotten
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+        # The rest is logging, pictures, saving.
+        done, stopping = step + 1, bool(stop)
+        saving = done % args.save_every == 0 or done == args.steps or stopping
+        logging = done % args.log_every == 0 or done == args.steps
+        if saving or logging:
+            loss_sum = average(loss_sum)
+        if logging:
+            row = dict(step=done, lr=learning_rate(args, step), grad_norm=norm.item(), skipped=int(skipped),
+                       loss=loss_sum.item() / (done % args.log_every or args.log_every),
+                       clips_per_second=(done - since) * args.batch_size / (time.perf_counter() - clock))
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['clips_per_second']:.0f} clips/s")
+            check_finite(bad_row, done, path)
+            if rank == 0:
+                log(**row)
+        if logging and done % args.log_every == 0:
+            loss_sum = torch.zeros_like(loss_sum)
+            since, clock = done, time.perf_counter()
+        if rank == 0 and (done % args.preview_every == 0 or done == args.steps):
+            preview(ema, diffusion, condition_of, shape, dataset.classes, args.run, done, device)
+        if rank == 0 and saving:
+            save(done)
+        if stopping:
+            bar.close()
+            if rank == 0:
+                print(f"stopped after step {done}, saved: --resume goes on")
+            return
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1215 @@
+"""Video in and out of files, and everything a run folder holds. (docstring to be written by the owner of this file)"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import csv
+import ctypes
+import datetime
+import difflib
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import zlib
+from fractions import Fraction
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image, ImageDraw, ImageFont
+
+
+class InputError(ValueError):
+    """The user's input is wrong: the message is one line that says what, and how to mend it."""
+
+
+def pair(size):
+    """An int or (H, W) -> (H, W)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moving shapes: the embedded data set
+
+
+SHAPES = ("circle", "square", "triangle")
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y); y grows downwards
+COLOURS = {  # RGB, 0..1
+    "red": (0.90, 0.15, 0.15),
+    "orange": (0.95, 0.55, 0.10),
+    "yellow": (0.95, 0.90, 0.20),
+    "green": (0.15, 0.75, 0.25),
+    "blue": (0.20, 0.35, 0.95),
+    "purple": (0.60, 0.25, 0.85),
+    "white": (0.95, 0.95, 0.95),
+    "black": (0.08, 0.08, 0.08),
+}
+
+
+class MovingShapes(torch.utils.data.Dataset):
+    """One shape moves in one direction over a soft two-colour background: 12 classes, drawn on the fly, no files.
+
+    Clip i is a function of (seed, split, i) alone, so every process draws the same one. `train` is endless (any index
+    is valid, its length is nominal); `test` is a fixed set. The split is part of the random key, so no clip is in both.
+
+    frames: L >= 1. size: pixels, an int or (H, W). length: number of clips. Items: video (3, L, H, W) in [-1, 1],
+    label 0..11 (index % 12, so batches are balanced), caption 'a red circle moving left'.
+    """
+
+    classes = [f"{shape} moving {move}" for shape in SHAPES for move in MOVES]
+
+    def __init__(self, frames=16, size=32, seed=0, split="train", length=None):
+        if split not in ("train", "test"):
+            raise InputError(f"MovingShapes has the splits train and test, not {split!r}")
+        self.frames, self.size, self.seed, self.split = frames, pair(size), seed, split
+        self.endless = split == "train" and length is None
+        self.length = length or {"train": 1_000_000, "test": 2_400}[split]
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        index, draw = key if isinstance(key, tuple) else (key, 0)
+        if not self.endless and index >= self.length:
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, self.split == "test", index, draw])
+        label = index % len(self.classes)
+        shape, move = SHAPES[label // len(MOVES)], list(MOVES)[label % len(MOVES)]
+        colour = list(COLOURS)[rng.integers(len(COLOURS))]
+        video = self.draw(rng, shape, np.array(MOVES[move]), np.array(COLOURS[colour]))
+        return dict(video=video, label=label, caption=f"a {colour} {shape} moving {move}")
+
+    def read(self, index, draw=0):
+        return self[index, draw]
+
+    def draw(self, rng, shape, move, colour):
+        height, width = self.size
+        y, x = np.ogrid[0.5:height, 0.5:width]  # pixel centres
+        # The background: two colours blended along a random direction.
+        angle = rng.uniform(0, 2 * np.pi)
+        ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle) + 0.5
+        first, second = rng.uniform(0.3, 0.7, (2, 3))
+        background = first + np.clip(ramp, 0, 1)[..., None] * (second - first)  # (H, W, 3)
+        # The path: a straight line that stays inside the frame, half to all of the free way long.
+        radius = rng.uniform(0.2, 0.26) * min(height, width)
+        free = np.array([width, height]) - 2 * radius
+        travel = free * move * rng.uniform(0.5, 1)
+        start = radius + np.maximum(0, -travel) + rng.uniform(0, 1, 2) * (free - np.abs(travel))
+        centre = start + np.linspace(0, 1, self.frames)[:, None] * travel  # (L, 2)
+        px = x - centre[:, 0, None, None]  # (L, 1, W)
+        py = y - centre[:, 1, None, None]  # (L, H, 1)
+        # Signed distance to the edge in pixels, negative inside: the last half pixel is the anti-aliasing.
+        if shape == "circle":
+            distance = np.hypot(px, py) - radius
+        elif shape == "square":
+            distance = np.maximum(np.abs(px), np.abs(py)) - 0.85 * radius
+        else:  # an equilateral triangle, point up, as wide as the circle
+            half = 0.866 * radius  # of its height
+            distance = np.maximum(0.866 * np.abs(px) - 0.5 * (py + half), py - half)
+        cover = np.clip(0.5 - distance, 0, 1)[..., None]  # (L, H, W, 1)
+        colour = np.clip(colour + rng.uniform(-0.08, 0.08, 3), 0, 1)
+        clip = background + cover * (colour - background)  # (L, H, W, 3)
+        return torch.from_numpy(clip.astype(np.float32) * 2 - 1).permute(3, 0, 1, 2)  # (3, L, H, W)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Videos from files
+
+VIDEO_ENDINGS = tuple(".avi .mp4 .mkv .mov .webm .gif .m4v .mpg .mpeg .wmv .flv .ogv .ts .mts .m2ts .3gp .vob".split())
+CHECK_AT_MOST = 20_000      # files whose headers VideoFolder reads at once; in larger folders bad ones show later
+# Bicubic (antialiased: swscale widens it when shrinking). Where PyAV is new enough to be told: rounded properly, since
+# the short cut darkens by 1.5 levels, and in one thread, since by default it starts one a core for every frame.
+_SCALING = {"interpolation": "BICUBIC"}
+if hasattr(Interpolation, "FULL_CHR_H_INT"):
+    _SCALING = {"threads": 1, "interpolation":
+                Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT}
+
+
+class BadVideo(Exception):
+    """One file cannot be used; str() is the reason, without the file's name."""
+
+
+class _Damaged(BadVideo):
+    """The frames asked for cannot be decoded; others of the same file may."""
+
+
+def find_videos(root):
+    """Sorted paths, relative to `root`, of the files at any depth whose names end like a video's. Follows links."""
+    found = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder) + os.sep        # a link to a folder above would be followed for ever
+        folders[:] = [d for d in folders if not os.path.islink(os.path.join(folder, d))
+                      or not here.startswith(os.path.realpath(os.path.join(folder, d)) + os.sep)]
+        found += [os.path.relpath(os.path.join(folder, name), root) for name in names
+                  if name.lower().endswith(VIDEO_ENDINGS) and not name.startswith(".")]
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def _open_video(file):
+    """Yields (container, its first moving-picture stream); whatever goes wrong meanwhile is raised as BadVideo."""
+    try:
+        if hasattr(file, "seek"):
+            file.seek(0)
+        elif not str(file).startswith("subfile,"):      # absolute, so that no name looks like a protocol ("12:30.mp4")
+            file = os.path.abspath(file)
+            if os.path.getsize(file) == 0:
+                raise BadVideo("empty file")
+        with av.open(file, metadata_errors="replace") as container:
+            # 0x400 marks a cover picture.
+            streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & 0x400]
+            if not streams:
+                raise BadVideo("no video stream")
+            if streams[0].codec_context is None:
+                raise BadVideo("no decoder for its codec")
+            streams[0].codec_context.thread_count = 1   # the loader's workers are the parallelism
+            yield container, streams[0]
+    except (av.error.FFmpegError, OSError, ValueError, OverflowError) as e:
+        raise BadVideo(getattr(e, "strerror", None) or str(e)) from None
+
+
+def _header_frames(container, stream):
+    """-> (frames, known): the header's count, or an estimate from duration and rate (.mkv, .webm), or 0."""
+    if stream.frames > 0:
+        return stream.frames, True
+    seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
+    return round(seconds * (stream.average_rate or 0)), False
+
+
+def _count_packets(container, stream):
+    """Number of coded frames: reads the file through without decoding it."""
+    count = 0
+    with contextlib.suppress(av.error.FFmpegError):     # cut off here
+        for packet in container.demux(stream):
+            count += packet.size > 0
+    return count
+
+
+def _too_short(has, span):
+    return BadVideo(f"too short: has {has} frame{'s' * (has != 1)}, {span} needed")
+
+
+def check_video(file, span):
+    """Raises BadVideo if the file's header cannot be read or tells of fewer than `span` frames. Decodes nothing."""
+    with _open_video(file) as (container, stream):
+        if not (stream.codec_context.width and stream.codec_context.height):
+            raise BadVideo("its header gives no picture size")
+        count, known = _header_frames(container, stream)
+        if not known and count < 2 * span:              # an estimate, and of a file that is quickly counted
+            count = _count_packets(container, stream)
+    if count < span:
+        raise _too_short(count, span)
+
+
+def read_clip(file, frames, size=None, stride=1, rng=None):
+    """Every `stride`-th frame of a video from a random start, `frames` in all, RGB: np.uint8 (L, H, W, 3).
+
+    file: a path or a seekable file object. size: int or (H, W); the picture is resized (antialiased) until it just
+    covers H x W, and its centre is cut out; None keeps the file's size. rng: a numpy Generator that draws the start,
+    uniformly over all that leave room for the clip; None starts at the first frame. Decodes only from the key frame
+    before the clip to the clip's end. Rotations and flips noted in the file are applied, oblong pixels made square.
+    Raises BadVideo: unreadable, no video stream, damaged, or fewer than (frames - 1) * stride + 1 frames.
+    """
+    span = (frames - 1) * stride + 1
+    place = 0.0 if rng is None else rng.random()        # where among the possible starts
+    count, runs_out, damaged = None, 0, 0
+    while True:
+        with _open_video(file) as (container, stream):
+            if count is None:
+                count, _ = _header_frames(container, stream)
+            start = int(place * max(1, count - span + 1))
+            try:
+                clip, seen = _decode(container, stream, start, frames, size, stride)
+            except _Damaged:
+                damaged += 1
+                if rng is None or damaged == 4:
+                    raise
+                place = rng.random()
+                continue
+        if len(clip) == frames:
+            return np.stack(clip)                       # (L, H, W, 3)
+        if start == 0:
+            raise _too_short(seen, span)
+        # The header promised more than there is (cut off, uneven frame rate): now the end is known.
+        count = start + seen
+        if seen == 0:
+            with _open_video(file) as opened:
+                count = min(start, _count_packets(*opened))
+        runs_out += 1
+        place = place if runs_out < 4 else 0.0
+
+
+def _decode(container, stream, start, frames, size, stride):
+    """-> (pictures, how many frames there were from frame `start` on); too few of both if the file ends before."""
+    packets = container.demux(stream)
+    first = next(packets)
+    begin = first.pts if first.pts is not None else first.dts
+    rate = stream.average_rate or stream.guessed_rate
+    decoded, target, skip = _decoded(stream, itertools.chain([first], packets)), None, start
+    if start and rate and begin is not None:            # else there is no clock to seek by: count from the first frame
+        second, period = 1 / stream.time_base, 1 / (rate * stream.time_base)
+        target, skip = float(begin + (start - 0.5) * period), 0         # half a frame early: time stamps are rounded
+        for early in (0, 10, None):                     # a file may land us behind the target: then from further ahead
+            try:
+                where = begin if early is None else max(begin, int(target - early * second))
+                container.seek(where, stream=stream)
+            except av.error.FFmpegError:                # cannot be sought in: on from the first frame
+                break
+            decoded = _decoded(stream, container.demux(stream), target)
+            head = next(decoded, None)
+            decoded = itertools.chain([head] if head else [], decoded)
+            if head is None or head.pts is None or head.pts < target + period:
+                break
+    clip, seen, scaler = [], 0, VideoReformatter()      # one scaler for the clip: its set-up costs more than a frame
+    for frame in decoded:
+        if frame is None:
+            if seen:
+                raise _Damaged("damaged: frames cannot be decoded")
+        elif skip:
+            skip -= 1
+        elif seen or target is None or (frame.pts is not None and frame.pts >= target):
+            if seen % stride == 0:
+                if frame.is_corrupt:
+                    raise _Damaged("damaged: frames are corrupt")
+                clip.append(_picture(frame, stream, size, scaler))
+                if len(clip) == frames:
+                    break
+            seen += 1
+    if len({picture.shape for picture in clip}) > 1:
+        raise _Damaged("the picture's size changes")
+    return clip, seen
+
+
+def _decoded(stream, packets, target=None):
+    """Yields frames, and None for what cannot be decoded. Skips frames before `target` that no other frame needs."""
+    codec = stream.codec_context
+    with contextlib.suppress(av.error.FFmpegError):     # reading fails: the file ends here
+        for packet in packets:
+            early = target is not None and packet.pts is not None and packet.pts < target
+            codec.skip_frame = "NONREF" if early else "DEFAULT"
+            try:
+                frames = packet.decode()
+            except av.error.EOFError:
+                return
+            except av.error.FFmpegError:
+                frames = [None]
+            yield from frames
+
+
+def _picture(frame, stream, size, scaler):
+    """A decoded frame -> RGB (H, W, 3): resized by the same call that converts the colours, turned upright, cropped."""
+    # Orientation: x' = a x + c y, y' = b x + d y, signs and zeros of a 3 x 3 matrix.
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5] if matrix else (1, 0, 0, 0, 1)
+    lying = abs(int(a)) + abs(int(d)) < abs(int(b)) + abs(int(c))
+    height, width = frame.height, frame.width
+    if size is not None:
+        H, W = pair(size)[::-1] if lying else pair(size)
+        aspect = stream.sample_aspect_ratio or 1
+        wide = width * float(aspect if 0.1 < aspect < 10 else 1)
+        scale = max(H / height, W / wide)
+        height, width = max(H, round(height * scale)), max(W, round(wide * scale))
+    picture = scaler.reformat(frame, width, height, "rgb24", **_SCALING).to_ndarray()
+    if size is not None:
+        top, left = (height - H) // 2, (width - W) // 2
+        picture = picture[top:top + H, left:left + W]
+    if lying:
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+
+
+def _to_model(clip):
+    """np.uint8 (L, H, W, 3) -> float32 (3, L, H, W) in [-1, 1]."""
+    return torch.from_numpy(clip).permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+
+def _say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def _reasons(bad):
+    """{name: reason} -> each reason once, with a file it holds for."""
+    once = {reason: name for name, reason in bad.items()}
+    return "; ".join(f"{reason} ({name})" for reason, name in list(once.items())[:5])
+
+
+class _VideoFiles(torch.utils.data.Dataset):
+    """What the data sets of video files share: clips by (index, draw), and what becomes of files that cannot be read.
+
+    A data set of one's own defines `_locate` and calls `_set_up`.
+    """
+
+    classes = []
+    where = ""          # for messages: which files these are
+
+    def _set_up(self, count, frames, size, stride, seed):
+        if frames < 1 or stride < 1 or (size is not None and min(pair(size)) < 1):
+            raise InputError(f"frames ({frames}), size ({size}) and stride ({stride}) must be at least 1")
+        self.frames, self.size, self.stride, self.seed = frames, size, stride, seed % 2 ** 63
+        self.state = torch.zeros(count, dtype=torch.uint8).share_memory_()  # by all workers: 0 not tried, 1 good, 2 bad
+        self.reasons = {}
+
+    def _locate(self, index):
+        """-> (file for read_clip, name for messages, label, caption). May raise BadVideo."""
+        raise NotImplementedError
+
+    def __len__(self):
+        return len(self.state)
+
+    def read(self, index, draw=0):
+        """Clip number `draw` of file `index` (see __getitem__). A file that cannot be used: it is counted, named in
+        the log the first time, and BadVideo is raised; InputError once more than half of the files tried are so."""
+        name = f"number {index}"
+        try:
+            file, name, label, caption = self._locate(index)
+            rng = np.random.default_rng([self.seed, index, draw])
+            clip = read_clip(file, self.frames, self.size, self.stride, rng)
+        except BadVideo as e:
+            if self.state[index] != 2:
+                self.state[index] = 2
+                tried, bad = int((self.state > 0).sum()), int((self.state == 2).sum())
+                self.reasons[name] = str(e)
+                _say(f"left out: {name}: {e} ({bad} of {tried} files tried)")
+                if 2 * bad > max(tried, min(len(self), 32)):
+                    raise self._half_bad(bad, tried) from None
+            raise
+        if self.state[index] == 0:
+            self.state[index] = 1
+        return {"video": _to_model(clip), "label": label, "caption": caption}
+
+    def _half_bad(self, bad, tried):
+        return InputError(f"{bad} of the {tried} files tried in {self.where} cannot be used, more than half: "
+                          + _reasons(self.reasons))
+
+    def __getitem__(self, key):
+        """key: an index, or (index, draw), where draw (0, 1, ...) says which of the video's random clips. The same
+        (seed, index, draw) gives the same clip in any process. In place of a bad file comes another, chosen by the same
+        three numbers."""
+        index, draw = key if isinstance(key, tuple) else (key, 0)
+        index = chosen = range(len(self))[index]
+        others = np.random.default_rng([self.seed, index, draw, 1])
+        while True:
+            if self.state[chosen] != 2:
+                with contextlib.suppress(BadVideo):
+                    return self.read(chosen, draw)
+            if bool((self.state == 2).all()):
+                raise self._half_bad(len(self), len(self))
+            chosen = int(others.integers(len(self)))
+
+
+class VideoFolder(_VideoFiles):
+    """Videos in class folders, as UCF-101 has them: root/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi.
+
+    A class is a first-level folder of `root` (its files may lie deeper), numbered in alphabetical order; a caption is
+    its name in words ("apply eye makeup"). Files directly in root have no class: label 0, caption "". `split`: a list
+    of UCF-101's kind (trainlist01.txt), by path or by name beside the data; only the files it lists are used, and a
+    classInd.txt beside it gives the order of the classes. Files whose header shows them broken or too short are left
+    out, counted and named on stderr. Item: dict(video float32 (3, L, H, W) in [-1, 1], label int, caption str).
+    Raises InputError: no such folder, no usable file, more than half unreadable, a split that cannot be found.
+    """
+
+    def __init__(self, root, frames, size, split=None, stride=1, seed=0):
+        self.root = self.where = str(root)
+        if not os.path.isdir(root):
+            raise InputError(f"{root}: no such folder; it should hold videos, in one folder a class")
+        files = find_videos(root)
+        if not files:
+            raise InputError(f"{root}: no videos in it or below it; looked for {' '.join(VIDEO_ENDINGS)}")
+        of = {file: file.split(os.sep)[0] if os.sep in file else "" for file in files}
+        self.classes = sorted(set(of.values()) - {""})
+        if split is not None:
+            files = self._select(files, split)
+        loose = [file for file in files if self.classes and of[file] not in self.classes]
+        if loose:
+            _say(f"{root}: left out {len(loose)} of {len(files)} files, in no class's folder: {', '.join(loose)}")
+            files = [file for file in files if of[file] in self.classes]
+        files = self._check(files, (frames - 1) * stride + 1)
+        self.files, self.labels = files, [self.classes.index(of[file]) if self.classes else 0 for file in files]
+        self.captions = [re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[\W_]+", " ", name).strip().lower()
+                         for name in self.classes] or [""]
+        self._set_up(len(files), frames, size, stride, seed)
+
+    def _select(self, files, split):
+        parent = os.path.dirname(os.path.abspath(self.root))
+        places = [os.path.join(base, folder) for base in (self.root, parent)
+                  for folder in ("", "ucfTrainTestlist", "ucfTestTrainlist")]
+        lists = [path for path in [split] + [os.path.join(place, split) for place in places] if os.path.isfile(path)]
+        if not lists:
+            raise InputError(f"split {split}: no such file, neither by that path nor in {', '.join(places)}")
+        with open(lists[0], encoding="utf-8-sig", errors="surrogateescape") as f:
+            names = [re.sub(r"\s+\d+$", "", line.strip()) for line in f if line.strip()]    # "Class/file.avi 1"
+        listed = {os.path.splitext(name.replace("/", os.sep))[0] for name in names}     # .avi may have become .mp4
+        found = [file for file in files if os.path.splitext(file)[0] in listed]
+        if not found:
+            raise InputError(f"{lists[0]} lists none of the videos in {self.root}: it has names like "
+                             f"{names[0] if names else '(nothing)'}, the folder has {files[0]}")
+        if len(found) < len(listed):
+            _say(f"{lists[0]}: {len(listed) - len(found)} of its {len(listed)} videos are not in {self.root}")
+        index = os.path.join(os.path.dirname(lists[0]), "classInd.txt")
+        if os.path.isfile(index):
+            with open(index, encoding="utf-8-sig") as f:
+                self.classes = [name for _, name in sorted((int(n), name) for n, name in map(str.split, f) if name)]
+        return found
+
+    def _check(self, files, span):
+        """Leaves out what cannot be read."""
+        if len(files) > CHECK_AT_MOST:
+            return files
+
+        def check(file):
+            try:
+                check_video(os.path.join(self.root, file), span)
+            except BadVideo as e:
+                return str(e)
+
+        with concurrent.futures.ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
+            bad = {file: reason for file, reason in zip(files, pool.map(check, files)) if reason}
+        if bad and os.environ.get("RANK", "0") == "0":      # every rank finds the same
+            _say(f"{self.root}: left out {len(bad)} of {len(files)} files:\n"
+                 + "\n".join(f"  {file}: {reason}" for file, reason in bad.items()))
+        unreadable = [reason for reason in bad.values() if not reason.startswith("too short")]
+        if len(bad) == len(files) or 2 * len(unreadable) > len(files):
+            raise InputError(f"{self.root}: {len(bad)} of {len(files)} videos cannot be used ({span} frames are needed "
+                             f"of each): {_reasons(bad)}")
+        return [file for file in files if file not in bad]
+
+    def _locate(self, index):
+        label = self.labels[index]
+        return os.path.join(self.root, self.files[index]), self.files[index], label, self.captions[label]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captioned videos
+
+_CLOSED = re.compile(rb'(?:^|,)"(?:[^"]|"")*"')      # a whole quoted field
+_OPENED = re.compile(rb'(?:^|,)"')                   # after those are taken out: a field that goes on in the next line
+
+
+def _csv_rows(path, chunk=1 << 26):
+    """Where the rows of a CSV file start, and its end: int64 (rows + 1,). Quoted fields may hold line breaks.
+
+    numpy finds line breaks and quotes; only lines with an odd number of quotes are looked at one by one.
+    """
+    starts, opened, base, rest, block = [np.zeros(1, np.int64)], False, 0, b"", True
+    with open(path, "rb") as f:
+        while block:
+            block = f.read(chunk)
+            text = rest + block
+            cut = text.rfind(b"\n") + 1 if block else len(text)
+            text, rest = text[:cut], text[cut:]
+            codes = np.frombuffer(text, np.uint8)
+            ends = np.flatnonzero(codes == 10) + 1       # behind each line break
+            if cut and text[-1] != 10:
+                ends = np.append(ends, cut)
+            keep = np.ones(len(ends), bool)              # line ends that are row ends
+            quotes = np.searchsorted(np.flatnonzero(codes == 34), ends)
+            since = 0 if opened else None                # the line in which the open quoted field began
+            for i in np.flatnonzero(np.diff(quotes, prepend=0) % 2).tolist():
+                if since is not None:                    # closed here
+                    keep[since:i], since = False, None
+                elif _OPENED.search(_CLOSED.sub(b",", text[ends[i - 1] if i else 0:ends[i]])):
+                    since = i
+            opened = since is not None
+            if opened:
+                keep[since:] = False
+            starts.append(base + ends[keep])
+            base += cut
+        if opened:                                       # never closed: the rest of the file is one row
+            starts.append(np.array([base]))
+        starts = np.concatenate(starts)
+        blank = []
+        for i in np.flatnonzero(np.diff(starts) <= 2).tolist():
+            f.seek(starts[i])
+            if not f.read(int(starts[i + 1] - starts[i])).strip():
+                blank.append(i)
+    return np.delete(starts, blank)
+
+
+def _tar_rows(path):
+    """Header positions of a .tar's samples: int64 (N, 2), video and caption (0: none; negative: a .json)."""
+    samples, offset, size, long_name = {}, 0, os.path.getsize(path), None
+    with open(path, "rb", buffering=0) as f:
+        while len(header := os.pread(f.fileno(), 512, offset)) == 512 and header[0]:
+            kind, length = header[156:157], _tar_length(header)
+            if kind in b"Lx" and length < 1 << 20:       # a long name for the next member: GNU's way, PAX's way
+                text = os.pread(f.fileno(), length, offset + 512)
+                match = re.search(rb"\d+ path=([^\n]*)\n", text) if kind == b"x" else re.match(rb"([^\0]*)", text)
+                long_name = match[1] if match else long_name
+            elif kind in b"0\0":
+                name = long_name or header[:100].partition(b"\0")[0]
+                key, _, ending = os.fsdecode(name).lower().rpartition(".")
+                if "." + ending in VIDEO_ENDINGS and 0 < length <= size - offset - 512:   # else: cut off
+                    samples.setdefault(key, [0, 0])[0] = offset + 1
+                elif ending == "txt" or (ending == "json" and not samples.get(key, (0, 0))[1]):
+                    samples.setdefault(key, [0, 0])[1] = offset + 1 if ending == "txt" else -offset - 1
+                long_name = None
+            offset += 512 + (length + 511) // 512 * 512
+    return np.array([s for s in samples.values() if s[0]], np.int64).reshape(-1, 2)
+
+
+def _tar_length(header):
+    field = header[124:136]
+    return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.strip(b" \0") or b"0", 8)
+
+
+class CaptionedVideos(_VideoFiles):
+    """Videos with captions, for text-to-video. `csv` is one of
+    - a CSV file with the columns videoid, page_dir, name (WebVid's; the file is root/page_dir/videoid.mp4),
+    - a CSV file with the columns path, caption (path relative to `root`, or absolute),
+    - a .tar or a folder of them as video2dataset writes them: N.mp4 with N.txt or N.json ("caption"); root is not used.
+
+    Rows stay on disk; a process holds 8 bytes a row (.tar: 16). Missing and broken files are replaced when they are
+    met, counted, and named on stderr. No classes: label 0. Items as VideoFolder's.
+    Raises InputError: no such file, other columns, no rows; later, more than half of the files tried unreadable.
+    """
+
+    def __init__(self, csv, root, frames, size, stride=1, seed=0):
+        self.csv = self.where = str(csv)
+        self.root = str(root) if root is not None else os.path.dirname(os.path.abspath(csv))
+        self.tars = []
+        if os.path.isdir(csv) or self.csv.endswith(".tar"):
+            self._index_tars()
+        elif os.path.isfile(csv):
+            self._index_csv()
+        else:
+            raise InputError(f"{csv}: no such file; give a .csv file, a .tar, or a folder of .tar files")
+        self._set_up(len(self.rows) - 1 if not self.tars else len(self.rows), frames, size, stride, seed)
+        if len(self) == 0:
+            raise InputError(f"{csv}: no rows" if not self.tars else f"{csv}: no videos in its .tar files")
+
+    def _index_csv(self):
+        self.rows = _csv_rows(self.csv)
+        self.columns = self._row(0) if len(self.rows) > 1 else []
+        self.columns[:1] = [name.removeprefix("\ufeff") for name in self.columns[:1]]
+        self.rows = self.rows[1:]
+        for self.needed in (("videoid", "page_dir", "name"), ("path", "caption")):
+            if set(self.needed) <= set(self.columns):
+                return
+        raise InputError(f"{self.csv}: its columns are {', '.join(self.columns)[:200] or '(none)'}; needed are "
+                         "videoid, page_dir and name (WebVid's) or path and caption")
+
+    def _index_tars(self):
+        folder = [self.csv] if os.path.isfile(self.csv) else sorted(
+            os.path.join(self.csv, name) for name in os.listdir(self.csv) if name.endswith(".tar"))
+        self.tars = folder
+        if not folder:
+            raise InputError(f"{self.csv}: a folder without .tar files; give a .csv file or a folder of .tar files")
+
+        def index(path):
+            try:
+                return _tar_rows(path)
+            except (OSError, ValueError) as e:
+                _say(f"left out: {path}: {e}")
+                return np.zeros((0, 2), np.int64)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:      # waiting for a disk, mostly
+            parts = list(pool.map(index, folder))
+        self.rows = np.concatenate(parts)                            # (N, 2)
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def _row(self, i):
+        with open(self.csv, "rb") as f:
+            f.seek(self.rows[i])
+            text = f.read(self.rows[i + 1] - self.rows[i]).decode("utf-8", errors="replace")
+        try:
+            return next(csv.reader(io.StringIO(text, newline="")), [])
+        except csv.Error as e:
+            raise BadVideo(f"row cannot be parsed: {e}") from None
+
+    def _locate(self, index):
+        if self.tars:
+            return self._locate_in_tar(index)
+        row = dict(zip(self.columns, self._row(index)))
+        if any(name not in row for name in self.needed):
+            raise BadVideo(f"a row of {len(row)} columns, the first row has {len(self.columns)}")
+        if len(self.needed) == 3:
+            path = os.path.join(row["page_dir"], row["videoid"] + ".mp4")
+        else:
+            path = row["path"]
+        return os.path.join(self.root, path), path, 0, row[self.needed[-1]]
+
+    def _locate_in_tar(self, index):
+        path = os.path.abspath(self.tars[int(np.searchsorted(self.ends, index, "right"))])
+        video, caption = self.rows[index].tolist()
+        text = ""
+        try:
+            with open(path, "rb") as f:
+                f.seek(video - 1)
+                header = f.read(512)
+                name, first = os.fsdecode(header[:100].partition(b"\0")[0]), video - 1 + 512
+                part = f"subfile,,start,{first},end,{first + _tar_length(header)},,:{path}"
+                if caption:
+                    f.seek(abs(caption) - 1)
+                    text = f.read(_tar_length(f.read(512))).decode("utf-8", errors="replace").strip()
+            if caption < 0:
+                text = str(json.loads(text).get("caption") or "")
+        except (OSError, ValueError, AttributeError) as e:
+            raise BadVideo(str(e)) from None
+        return part, f"{os.path.basename(path)}/{name}", 0, text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing videos and pictures
+
+
+def to_uint8(video):
+    """Float (C, L, H, W) in [-1, 1], C = 3 or 1 -> np.uint8 (L, H, W, 3). What is uint8 (L, H, W, 3) already stays."""
+    video = torch.as_tensor(video).detach().cpu()
+    if video.dtype == torch.uint8:
+        return video.numpy()
+    video = video.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return video.expand(3, -1, -1, -1).permute(1, 2, 3, 0).contiguous().numpy()
+
+
+def tile(videos, columns=None, gap=2):
+    """Equally large videos side by side, in rows of `columns` (None: about a square): np.uint8 (L, H', W', 3)."""
+    videos = np.stack([to_uint8(video) for video in videos])                     # (N, L, H, W, 3)
+    columns = columns or math.ceil(math.sqrt(len(videos)))
+    rows = math.ceil(len(videos) / columns)
+    videos = np.pad(videos, [(0, rows * columns - len(videos)), (0, 0), (0, gap), (0, gap), (0, 0)])
+    n, L, H, W, _ = videos.shape
+    videos = videos.reshape(rows, columns, L, H, W, 3).transpose(2, 0, 3, 1, 4, 5)
+    return videos.reshape(L, rows * H, columns * W, 3)[:, :rows * H - gap, :columns * W - gap]
+
+
+@contextlib.contextmanager
+def _aside(path):
+    """Yields a name to write to; what was written there becomes `path` at the end, or vanishes if writing fails."""
+    temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}-{os.path.basename(path)}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_video(path, video, fps):
+    """Writes a video, float (C, L, H, W) in [-1, 1] or uint8 (L, H, W, 3), as the name's ending says: .mp4 (H.264 that
+    plays everywhere; odd sides grow by one pixel, which repeats the edge) or .gif (256 colours chosen for this video,
+    plays for ever). The file appears whole or not at all."""
+    path, video = os.fspath(path), to_uint8(video)
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in (".mp4", ".gif"):
+        raise InputError(f"{path}: videos are written as .mp4 or .gif")
+    mp4 = ending == ".mp4"
+    if mp4:
+        video = np.pad(video, [(0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)], mode="edge")
+        frames = (av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in video)
+    else:       # .gif counts hundredths of a second, and viewers slow down what is quicker than 50 a second
+        frames, fps = _palette_frames(video), min(fps, 50)
+    # faststart: a browser plays the .mp4 while it loads.
+    with _aside(path) as temporary, av.open(temporary, "w", format=ending[1:],
+                                            options={"movflags": "faststart"} if mp4 else {}) as f:
+        stream = f.add_stream("libx264" if mp4 else "gif", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt, stream.options = ("yuv420p", {"crf": "18"}) if mp4 else ("pal8", {})
+        if mp4:     # colours by BT.709 in the limited range, and the file says so
+            codec = stream.codec_context
+            codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
+        for i, frame in enumerate(frames):
+            if mp4:
+                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+            frame.pts = i
+            f.mux(stream.encode(frame))
+        f.mux(stream.encode())
+
+
+def _palette_frames(video):
+    """Frames for a .gif. One palette for the whole video and no dithering: what stands still does not flicker. Written
+    by PyAV, since Pillow drops frames that repeat the one before."""
+    L, H, W, _ = video.shape
+    palette = Image.fromarray(video.reshape(L * H, W, 3)).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
+    colours = np.full((256, 4), 255, np.uint8)                                  # (256, ARGB)
+    rgb = np.array(palette.getpalette(), np.uint8).reshape(-1, 3)
+    colours[:len(rgb), 1:] = rgb
+    for picture in video:
+        indices = np.array(Image.fromarray(picture).quantize(palette=palette, dither=Image.Dither.NONE))
+        yield av.VideoFrame.from_ndarray((indices, colours), format="pal8")
+
+
+def write_sheet(path, videos, columns=2, captions=None, frames=9, least=96):
+    """One .png to look at: each video is a strip of up to `frames` frames, evenly spread, under its caption; `columns`
+    strips side by side. Pictures smaller than `least` pixels are shown larger, by whole factors, pixel by pixel."""
+    videos = [to_uint8(video) for video in videos]
+    captions = list(captions or [""] * len(videos))
+    strips = []
+    for video in videos:
+        video = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
+        video = video.repeat(-(-least // min(video.shape[1:3])), 1).repeat(-(-least // min(video.shape[1:3])), 2)
+        video = np.pad(video, [(0, 0), (0, 0), (0, 2), (0, 0)], constant_values=255)
+        strips.append(video.transpose(1, 0, 2, 3).reshape(video.shape[1], -1, 3))       # (H, frames * (W + 2), 3)
+    text, gap = 20 if any(captions) else 0, 10
+    height, width = (max(strip.shape[i] for strip in strips) + gap for i in (0, 1))
+    columns = max(1, min(columns, len(strips)))
+    sheet = Image.new("RGB", (columns * width + gap, math.ceil(len(strips) / columns) * (height + text) + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, (strip, caption) in enumerate(zip(strips, captions)):
+        x, y = gap + i % columns * width, gap + i // columns * (height + text)
+        while caption and draw.textlength(caption, font) > width - gap:
+            caption = caption[:-4].rstrip() + "..."
+        draw.text((x, y), caption, "black", font)
+        sheet.paste(Image.fromarray(strip), (x, y + text))
+    with _aside(os.fspath(path)) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoded clips: what stages 2 and 3 read
+
+
+# encodings/
+#   index.json                what was encoded and by which autoencoder; "complete" once every shard is there
+#   shard-00000/content.npy   float16 (N, C, H, W)        content frames
+#               motion.npy    float16 (N, D, L, H'+W')    motion latents, as the autoencoder gives them
+#               clips.jsonl   one line a clip: {"label": 3, "caption": "...", "source": "..."}
+#               lines.npy     int64 (N+1,)                where each line starts
+#               shard.json    {"clips": N, "crc32": {file: checksum}, "bytes": {file: size}}
+
+
+def write_shard(folder, number, content, motion, records, **extra):
+    """Writes one shard whole or not at all: into a folder aside, which then takes its name.
+
+    content (N, C, H, W) and motion (N, D, L, H'+W') are arrays, records N dicts. `extra` goes into shard.json.
+    """
+    final = os.path.join(folder, f"shard-{number:05d}")
+    aside = os.path.join(folder, f"tmp-{number:05d}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.makedirs(aside)
+        lines = [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records]
+        np.save(os.path.join(aside, "content.npy"), np.asarray(content, np.float16))
+        np.save(os.path.join(aside, "motion.npy"), np.asarray(motion, np.float16))
+        np.save(os.path.join(aside, "lines.npy"), np.cumsum([0] + [len(line) for line in lines]).astype(np.int64))
+        with open(os.path.join(aside, "clips.jsonl"), "wb") as file:
+            file.writelines(lines)
+        names = sorted(os.listdir(aside))
+        info = dict(clips=len(records), crc32={name: crc32(os.path.join(aside, name)) for name in names})
+        info["bytes"] = {name: os.path.getsize(os.path.join(aside, name)) for name in names}
+        write_json(os.path.join(aside, "shard.json"), info | extra)
+        os.rename(aside, final)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(f"cannot write {final}: {error.strerror or error}; mend it and repeat with --encode") from None
+
+
+def check_shard(folder, checksums=True):
+    """The contents of a shard's shard.json. Raises InputError that names the file that is missing or damaged."""
+    mend = f"delete {folder} and run `python autoencoder.py --run {os.path.dirname(os.path.dirname(folder))} --encode`"
+    try:
+        with open(os.path.join(folder, "shard.json")) as file:
+            info = json.load(file)
+        for name, size in info["bytes"].items():
+            path = os.path.join(folder, name)
+            if os.path.getsize(path) != size or (checksums and crc32(path) != info["crc32"][name]):
+                raise InputError(f"{path} is damaged: {mend}")
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder} is not a whole shard ({error}): {mend}") from None
+    return info
+
+
+def crc32(path):
+    with open(path, "rb") as file:
+        value = 0
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+class EncodedClips(torch.utils.data.Dataset):
+    """The encodings of a run folder, memory-mapped: a clip costs one small read, whatever the size of the set.
+
+    Items: content (C, H, W) and motion (D, L, H'+W') float32, label int, caption str. Raises InputError where there are
+    none, the encoding was interrupted, or a shard is damaged (sizes always; checksums up to 1 GiB in all).
+    """
+
+    def __init__(self, run, data=None):
+        self.folder = os.path.join(run, "encodings")
+        command = f"`python autoencoder.py --run {run} --encode`"
+        try:
+            with open(os.path.join(self.folder, "index.json")) as file:
+                self.index = json.load(file)
+        except (OSError, ValueError):
+            raise InputError(f"no encodings in {run}: train with `python autoencoder.py --run {run}`, or encode with "
+                             f"{command}") from None
+        if not self.index["complete"]:
+            raise InputError(f"the encoding in {run} was interrupted: go on with {command}")
+        if data not in (None, self.index["data"]):
+            raise InputError(f"the encodings in {run} are of {self.index['data']}, not of {data}: drop --data, or train "
+                             "`autoencoder.py` on it in another --run")
+        model = os.path.join(run, "autoencoder.pt")
+        if os.path.exists(model) and load_checkpoint(model, "autoencoder")["fingerprint"] != self.index["fingerprint"]:
+            raise InputError(f"the encodings in {run} were made by another autoencoder than its autoencoder.pt: make them "
+                             f"anew with {command}")
+        self.classes, self.shards = self.index["classes"], self.index["shards"]
+        self.content_shape, self.motion_shape = tuple(self.index["content"]), tuple(self.index["motion"])
+        self.motion_mean, self.motion_std = (  # (D, 1, 1), over all clips
+            torch.tensor(self.index[name])[:, None, None] for name in ("motion_mean", "motion_std"))
+        small = self.index["clips"] * (np.prod(self.content_shape) + np.prod(self.motion_shape)) * 2 < 2**30
+        sizes = [check_shard(self.shard(k), checksums=small)["clips"] for k in range(self.shards)]
+        self.ends = np.cumsum(sizes)
+        self.open = functools.lru_cache(maxsize=128)(self.open_shard)
+
+    def shard(self, number):
+        return os.path.join(self.folder, f"shard-{number:05d}")
+
+    def open_shard(self, number):
+        arrays = [np.load(os.path.join(self.shard(number), f"{name}.npy"), mmap_mode="r")
+                  for name in ("content", "motion", "lines")]
+        return *arrays, np.memmap(os.path.join(self.shard(number), "clips.jsonl"), mode="r")
+
+    def __getstate__(self):  # workers open their own maps
+        return {name: value for name, value in self.__dict__.items() if name != "open"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.open = functools.lru_cache(maxsize=128)(self.open_shard)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, key):
+        index = key[0] if isinstance(key, tuple) else key
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        content, motion, lines, text = self.open(number)
+        row = index - (int(self.ends[number - 1]) if number else 0)
+        record = json.loads(text[lines[row] : lines[row + 1]].tobytes())
+        return dict(
+            content=torch.from_numpy(content[row].astype(np.float32)),
+            motion=torch.from_numpy(motion[row].astype(np.float32)),
+            label=record["label"],
+            caption=record["caption"],
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stream of batches
+
+
+class BatchKeys:
+    """Which clips each step reads: an endless list of batches of keys (index, epoch), the same for any number of ranks.
+
+    Position p of the stream is clip p mod n of epoch p div n's own shuffle; step s reads positions s*B to (s+1)*B - 1
+    and each rank takes its share of them. So (seed, step) is the whole data position: nothing else need be saved, and
+    a run resumed on more or fewer ranks or workers reads on at the very next clip.
+    """
+
+    def __init__(self, indices, batch_size, seed, step, rank, world):
+        self.indices, self.batch_size, self.seed, self.step = indices, batch_size, seed, step
+        self.rank, self.share = rank, batch_size // world
+        self.shuffle = functools.lru_cache(maxsize=2)(self.shuffle_epoch)
+
+    def shuffle_epoch(self, epoch):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.indices), generator=generator)
+
+    def key(self, position):
+        if self.indices is None:  # an endless data set: every position is a clip of its own
+            return position, 0
+        epoch, place = divmod(position, len(self.indices))
+        return int(self.indices[int(self.shuffle(epoch)[place])]), epoch
+
+    def __iter__(self):
+        for step in itertools.count(self.step):
+            first = step * self.batch_size + self.rank * self.share
+            yield [self.key(position) for position in range(first, first + self.share)]
+
+
+def stream(dataset, batch_size, seed=0, step=0, workers=0, rank=0, world=1, indices=None):
+    """An endless iterator over this rank's batches from `step` on. batch_size: over all ranks; indices: a subset."""
+    if not getattr(dataset, "endless", False):
+        indices = range(len(dataset)) if indices is None else indices
+    keys = BatchKeys(indices, batch_size, seed, step, rank, world)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None,
+    )
+    return iter(loader)
+
+
+def quiet_worker(_):
+    # Ctrl-C reaches the workers too: the main process alone answers it. One thread each: they are many.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0):
+    """The data set that --data names, as (data set, training indices or None for endless, test set, test indices).
+
+    data: 'shapes', a folder of videos, or with `captions` (a CSV) the folder that its paths start from; a folder of
+    .tar shards is recognised. A folder's test clips are those of testlistNN.txt where --split is trainlistNN.txt and
+    the other lies beside it; elsewhere one file in fifty, at most 64, is kept out of training.
+    """
+    if data == "shapes":
+        test = MovingShapes(frames, size, seed, split="test")
+        return MovingShapes(frames, size, seed), None, test, range(len(test))
+    if not os.path.exists(data):
+        raise InputError(f"--data {data} does not exist: name a folder of videos, or 'shapes' for the embedded set")
+    if captions:
+        dataset = CaptionedVideos(captions, data, frames, size, stride=stride, seed=seed)
+    elif os.path.isfile(data) and data.endswith(".csv"):
+        dataset = CaptionedVideos(data, os.path.dirname(data) or ".", frames, size, stride=stride, seed=seed)
+    elif glob.glob(os.path.join(glob.escape(data), "*.tar")):
+        dataset = CaptionedVideos(data, data, frames, size, stride=stride, seed=seed)
+    else:
+        dataset = VideoFolder(data, frames, size, split=split, stride=stride, seed=seed)
+        other = split and os.path.basename(split).replace("train", "test")
+        if other and other != os.path.basename(split):
+            try:
+                test = VideoFolder(data, frames, size, split=os.path.join(os.path.dirname(split), other), stride=stride,
+                                   seed=seed)
+                return dataset, range(len(dataset)), test, range(len(test))
+            except InputError:
+                pass
+    kept = min(64, len(dataset) // 50) or (1 if len(dataset) > 3 else 0)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
+    return dataset, np.sort(order[kept:]), dataset, np.sort(order[:kept] if kept else order)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+
+
+def write_json(path, content):
+    with open(path + ".tmp", "w") as file:
+        json.dump(content, file, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def save_checkpoint(path, state):
+    """Writes aside, syncs, renames: a kill at any moment leaves the earlier checkpoint or the new one, whole."""
+    aside = f"{path}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(aside):
+            os.remove(aside)
+        left = "the earlier checkpoint is whole" if os.path.exists(path) else "nothing was saved"
+        free = shutil.disk_usage(os.path.dirname(path) or ".").free / 1e6
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise InputError(f"cannot save {path} ({reason}; {free:.0f} MB free on its disk): {left}; free some space and "
+                         "go on with --resume") from None
+
+
+def load_checkpoint(path, stage):
+    """The dict that a stage saved, memory-mapped on the CPU. Runs no code from the file (weights_only).
+
+    Raises InputError for a missing or damaged file, one that holds more than tensors and plain values, and one that
+    another stage wrote. stage: 'autoencoder', 'content' or 'motion'.
+    """
+    script = {"autoencoder": "autoencoder.py", "content": "content_diffusion.py", "motion": "motion_diffusion.py"}
+    if not os.path.isfile(path):
+        raise InputError(f"no {path}: train it first with `python {script[stage]} --run {os.path.dirname(path)}`")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} holds more than tensors and is not loaded: {' '.join(str(error).split())[:200]}"
+                         ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0][:200]}") from None
+    if not isinstance(state, dict) or "stage" not in state:
+        raise InputError(f"{path} was not written by {script[stage]}")
+    if state["stage"] != stage:
+        raise InputError(f"{path} was written by {script.get(state['stage'], state['stage'])}, not by {script[stage]}")
+    return state
+
+
+def weights_hash(tensors):
+    """A short name for a set of weights: equal names, equal weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Log:
+    """A CSV file, one line a call. Resuming at `step` drops the lines after it, and one of a broken-off interval."""
+
+    def __init__(self, path, columns, step, every):
+        def keep(line):
+            number = int(line.split(",")[0])
+            return line.endswith("\n") and number <= step and any(number % n == 0 for n in every)
+
+        self.columns = columns
+        lines = []
+        if step and os.path.exists(path):
+            with open(path) as file:
+                lines = [line for line in list(file)[1:] if keep(line)]
+        with open(path + ".tmp", "w") as file:
+            file.writelines([",".join(columns) + "\n"] + lines)
+        os.replace(path + ".tmp", path)
+        self.file = open(path, "a", buffering=1)
+
+    def __call__(self, **values):
+        cells = [values.get(name, "") for name in self.columns]
+        self.file.write(",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells) + "\n")
+
+
+def start(seed):
+    """(rank, world, device), in a process group where torchrun started this process, alone where it did not.
+
+    Tensors on the CPU are reduced by gloo, those on GPUs by nccl. A rank that waits longer than ten minutes for the
+    others gives up with an error.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
+        torch.backends.cudnn.allow_tf32 = True
+    elif sys.platform == "linux":
+        # Have glibc keep the large blocks that tensors free: giving each back to the kernel and having it zeroed anew
+        # costs a fifth of a training step on the CPU.
+        libc = ctypes.CDLL(None)
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            libc.mallopt(option, 1 << 30)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    torch.manual_seed(seed)
+    return rank, world, device
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask the loop to save and leave after the step at hand; a second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.asked = torch.zeros(1)
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number, _):
+        self.asked += 1
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __bool__(self):
+        if torch.distributed.is_initialized():  # ranks must leave after the same step
+            torch.distributed.all_reduce(self.asked, torch.distributed.ReduceOp.MAX)
+        return bool(self.asked)
+
+
+class Flags(argparse.ArgumentParser):
+    """argparse, but a mistake costs one line, a near miss is named, and --help shows every default."""
+
+    def __init__(self, text):
+        super().__init__(description=text, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        wrong = re.findall(r"(?<=unrecognized arguments: )--[\w-]+", message)
+        near = difflib.get_close_matches(wrong[0], self._option_string_actions) if wrong else []
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        self.exit(2, f"{self.prog}: {message} ({hint})\n")
+
+
+def parse_flags(parser, presets, stage, argv=None):
+    """(flags, checkpoint or None). From weakest to strongest: preset, checkpoint when resuming, command line.
+
+    The preset is the one asked for, or the run folder's own, or 'shapes'. Refuses to start over an existing checkpoint;
+    --resume with none to be found starts afresh, so that one command serves a first start and torchrun's restarts.
+    """
+    given, _ = parser.parse_known_args(argv)
+    preset = given.preset
+    if given.run and not preset:
+        with contextlib.suppress(OSError, ValueError, KeyError), open(f"{given.run}/encodings/index.json") as file:
+            preset = json.load(file)["preset"]
+    run_folder = given.run or f"runs/{preset or 'shapes'}"
+    path = os.path.join(run_folder, f"{stage}.pt")
+    checkpoint = None
+    if given.resume or getattr(given, "encode", False):
+        if os.path.exists(path) or not given.resume:
+            checkpoint = load_checkpoint(path, stage)
+            saved = checkpoint["args"]
+            if preset and preset != saved["preset"]:
+                raise InputError(f"{path} was trained with --preset {saved['preset']}, not {preset}: drop --preset, or "
+                                 "name another --run")
+            preset = saved["preset"]
+            parser.set_defaults(**presets[preset] | {k: v for k, v in saved.items() if k not in ("resume", "encode")})
+    elif os.path.exists(path):
+        raise InputError(f"{path} exists: --resume goes on with it, another --run starts afresh")
+    preset = preset or "shapes"
+    if checkpoint is None:
+        parser.set_defaults(**presets[preset])
+    args = parser.parse_args(argv)
+    args.preset, args.run = preset, run_folder
+    return args, checkpoint
+
+
+def check_config(config, checkpoint, path):
+    """Resuming continues the model that was saved: a flag that would build another one is an error."""
+    for name, value in checkpoint["config"].items():
+        if name in config and config[name] != value:
+            raise InputError(f"{path} was trained with {name} {value}, not {config[name]}: drop that flag, or name "
+                             "another --run")
+
+
+def split_batch(args, world):
+    """(clips a rank takes each step, the slices of them that pass through the model one after the other)."""
+    share, odd = divmod(args.batch_size, world * args.accumulate)
+    if odd or share == 0:
+        raise InputError(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) times "
+                         f"--accumulate {args.accumulate}")
+    return share * args.accumulate, [slice(i * share, (i + 1) * share) for i in range(args.accumulate)]
+
+
+def last_only(model, part, parts):
+    """Under DistributedDataParallel, gradients travel with the last of the accumulated parts only."""
+    waits = isinstance(model, torch.nn.parallel.DistributedDataParallel) and part is not parts[-1]
+    return model.no_sync() if waits else contextlib.nullcontext()
+
+
+def learning_rate(args, step):
+    """Constant, or with --decay-steps a short rise and a cosine fall to a hundredth at that step, kept from there on."""
+    if not args.decay_steps:
+        return args.lr
+    fall = 0.5 + 0.5 * math.cos(math.pi * min(1, step / args.decay_steps))
+    return args.lr * min(1, (step + 1) / (0.05 * args.decay_steps)) * max(0.01, fall)
+
+
+def average(value):
+    """The mean of a tensor over the ranks."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value
+
+
+def check_finite(bad_row, step, path):
+    """Ends a run whose last steps were all skipped for a NaN or infinite gradient."""
+    if bad_row >= 5:
+        raise InputError(f"the last {int(bad_row)} steps up to {step} had a NaN or infinite loss and were skipped: lower "
+                         f"--lr, or look at the data; {path} holds the last good weights")
+
+
+def run(main):
+    """Runs a script's main(): an InputError is printed as one line, with no traceback."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except InputError as error:
+        # From a loader's worker the message comes wrapped in the worker's traceback: its last line is the message.
+        sys.exit(f"{name}: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

