@@ -166,7 +166,7 @@ class Autoencoder(nn.Module):
         return rearrange(tokens, "b l h w (c p q) -> b c l (h p) (w q)", p=p, q=p)
 
     def encode(self, video):
-        """video (B, C, L, H, W) -> content frame (B, C, H, W) in the video's range, motion (B, D, L, H'+W') in [-1, 1]"""
+        """video (B, C, L, H, W) -> content (B, C, H, W) within the frames' range, motion (B, D, L, H'+W') in [-1, 1]"""
         if video.shape[1:] != (self.channels, self.frames, *self.size):
             raise InputError(f"this autoencoder takes clips of (channels, frames, height, width) "
                              f"{(self.channels, self.frames, *self.size)}, not {tuple(video.shape[1:])}")
@@ -738,8 +738,8 @@ def flags():
     train.add_argument("--decay-steps", type=int, help="cosine decay of the rate to 0 at this step; 0 keeps it")
     train.add_argument("--betas", type=float, nargs=2)
     train.add_argument("--loss", choices=["mse", "l1"])
-    train.add_argument("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: adds "
-                       "LPIPS of one random frame a clip to the loss (pixels only)")
+    train.add_argument("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: "
+                       "adds LPIPS of one random frame a clip to the loss (pixels only)")
     train.add_argument("--noise", type=float, help="deviation of the noise on the motion latent")
     train.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     train.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -929,7 +929,7 @@ def main():
     image, image_state = None, saved["image_autoencoder"] if saved else None
     if args.channels == 4:
         if not saved and not args.sd:
-            raise InputError(f"--preset {args.preset} needs --sd: a raw Stable Diffusion file, or its image autoencoder's")
+            raise InputError(f"--preset {args.preset} needs --sd: a raw Stable Diffusion or image autoencoder file")
         if size[0] % (8 * args.patch) or size[1] % (8 * args.patch):
             raise InputError(f"--size {size[0]} {size[1]}: height and width must be multiples of {8 * args.patch}, the "
                              "image autoencoder's 8 times the patch")
@@ -991,13 +991,14 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step)
         for part in parts:
-            with last_only(reconstruct, part, parts), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
-                again = reconstruct(video[part], noise[part])
+            with last_only(reconstruct, part, parts):
+                with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+                    again = reconstruct(video[part], noise[part])
                 error = again.float() - video[part]
                 loss = error.square().mean() if args.loss == "mse" else error.abs().mean()
                 if lpips:
                     frame = torch.arange(len(again), device=device), slice(None), one[part]
-                    loss = loss + lpips(again[frame], video[part][frame]).mean()
+                    loss = loss + lpips(again[frame].float(), video[part][frame]).mean()
                 (loss / len(parts)).backward()
             loss_sum += loss.detach().nan_to_num() / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

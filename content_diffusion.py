@@ -146,7 +146,7 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """A transformer block that the condition shifts, scales and gates. The gates start at 0: AdaLN-zero, the identity."""
+    """A transformer block that the condition shifts, scales and gates. Gates start at 0 (AdaLN-zero): the identity."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -837,7 +837,8 @@ def main():
         for part in parts:
             with last_only(predict, part, parts):
                 with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
-                    loss = diffusion.loss(lambda x, t: predict(x, t, condition[part]), content[part], t[part], noise[part])
+                    loss = diffusion.loss(lambda x, t: predict(x, t, condition[part]),
+                                          content[part], t[part], noise[part])
                 (loss / len(parts)).backward()
             loss_sum += loss.detach().nan_to_num() / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)

@@ -183,7 +183,10 @@ def _header_frames(container, stream):
     """-> (frames, known): the header's count, or an estimate from duration and rate (.mkv, .webm), or 0."""
     if stream.frames > 0:
         return stream.frames, True
-    seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
+    if stream.duration:
+        seconds = stream.duration * stream.time_base
+    else:                                               # the file's own, which in .mkv counts from time 0
+        seconds = ((container.duration or 0) - max(0, container.start_time or 0)) / 1e6
     return round(seconds * (stream.average_rate or 0)), False
 
 
@@ -257,13 +260,13 @@ def _decode(container, stream, start, frames, size, stride):
     begin = first.pts if first.pts is not None else first.dts
     rate = stream.average_rate or stream.guessed_rate
     decoded, target, skip = _decoded(stream, itertools.chain([first], packets)), None, start
-    if start and rate and begin is not None:            # else there is no clock to seek by: count from the first frame
+    if start > 32 and rate and begin is not None:       # else near, or no clock to seek by: count from the first frame
         second, period = 1 / stream.time_base, 1 / (rate * stream.time_base)
         target, skip = float(begin + (start - 0.5) * period), 0         # half a frame early: time stamps are rounded
-        for early in (0, 10, None):                     # a file may land us behind the target: then from further ahead
+        # A file may land us behind the target: then we seek further ahead, in the end before the first frame.
+        for where in (target, max(begin, target - 10 * second), begin - second):
             try:
-                where = begin if early is None else max(begin, int(target - early * second))
-                container.seek(where, stream=stream)
+                container.seek(int(where), stream=stream)
             except av.error.FFmpegError:                # cannot be sought in: on from the first frame
                 break
             decoded = _decoded(stream, container.demux(stream), target)
@@ -848,12 +851,12 @@ class EncodedClips(torch.utils.data.Dataset):
         if not self.index["complete"]:
             raise InputError(f"the encoding in {run} was interrupted: go on with {command}")
         if data not in (None, self.index["data"]):
-            raise InputError(f"the encodings in {run} are of {self.index['data']}, not of {data}: drop --data, or train "
-                             "`autoencoder.py` on it in another --run")
+            raise InputError(f"the encodings in {run} are of {self.index['data']}, not of {data}: drop --data, or "
+                             "train `autoencoder.py` on it in another --run")
         model = os.path.join(run, "autoencoder.pt")
         if os.path.exists(model) and load_checkpoint(model, "autoencoder")["fingerprint"] != self.index["fingerprint"]:
-            raise InputError(f"the encodings in {run} were made by another autoencoder than its autoencoder.pt: make them "
-                             f"anew with {command}")
+            raise InputError(f"the encodings in {run} were made by another autoencoder than its autoencoder.pt: make "
+                             f"them anew with {command}")
         self.classes, self.shards = self.index["classes"], self.index["shards"]
         self.content_shape, self.motion_shape = tuple(self.index["content"]), tuple(self.index["motion"])
         self.motion_mean, self.motion_std = (  # (D, 1, 1), over all clips
@@ -1166,8 +1169,8 @@ def split_batch(args, world):
     """(clips a rank takes each step, the slices of them that pass through the model one after the other)."""
     share, odd = divmod(args.batch_size, world * args.accumulate)
     if odd or share == 0:
-        raise InputError(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) times "
-                         f"--accumulate {args.accumulate}")
+        raise InputError(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
+                         f"times --accumulate {args.accumulate}")
     return share * args.accumulate, [slice(i * share, (i + 1) * share) for i in range(args.accumulate)]
 
 
@@ -1178,7 +1181,7 @@ def last_only(model, part, parts):
 
 
 def learning_rate(args, step):
-    """Constant, or with --decay-steps a short rise and a cosine fall to a hundredth at that step, kept from there on."""
+    """Constant, or with --decay-steps a short rise and a cosine fall to a hundredth by that step."""
     if not args.decay_steps:
         return args.lr
     fall = 0.5 + 0.5 * math.cos(math.pi * min(1, step / args.decay_steps))
@@ -1196,8 +1199,8 @@ def average(value):
 def check_finite(bad_row, step, path):
     """Ends a run whose last steps were all skipped for a NaN or infinite gradient."""
     if bad_row >= 5:
-        raise InputError(f"the last {int(bad_row)} steps up to {step} had a NaN or infinite loss and were skipped: lower "
-                         f"--lr, or look at the data; {path} holds the last good weights")
+        raise InputError(f"the last {int(bad_row)} steps up to {step} had a NaN or infinite loss and were skipped: "
+                         f"lower --lr, or look at the data; {path} holds the last good weights")
 
 
 def run(main):

@@ -707,7 +707,7 @@ def parse(argv=None):
         "video, or prompts.txt in the folder)")
     add("--csv", metavar="FILE", help="where CLIPSIM of each prompt goes")
     add = parser.add_argument_group("speed").add_argument
-    add("--batch-size", type=positive, default=8, help="videos at once on each rank")
+    add("--batch-size", type=positive, default=4, help="videos at once on each rank")
     add("--workers", type=positive, default=4, help="threads that read videos on each rank")
     add("--device", help="cpu or cuda:1 (none: a GPU where there is one)")
     return parser.parse_args(argv)

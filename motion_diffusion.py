@@ -1,4 +1,4 @@
-"""Stage 3, motion diffusion: learns to draw a clip's motion latent from noise, given its content frame and a class or text.
+"""Stage 3, motion diffusion: learns to draw a clip's motion latent from noise, given its content frame and c.
 
 Equation 8 and table 6 of the paper. In: motion latents (B, D, L, H'+W') and content frames (B, C, H, W) that stage 1
 encoded, with labels or captions. Out: a diffusion model p(motion | content, c), a DiT that reads the content frame's
@@ -43,8 +43,8 @@ class MotionDiT(nn.Module):
     """model(motion, t, content, condition) -> (B, D, L, H'+W'), the noise (or v) in the motion latent.
 
     motion (B, D, L, H'+W') noisy and normalised per channel, t (B,) in 0..999, content (B, C, H, W), condition: labels
-    (B,) in 0..classes, of which `classes` means nothing, or with `text` text features (B, text), the mean over tokens of
-    the text encoder's hidden states.
+    (B,) in 0..classes, of which `classes` means nothing, or with `text` features (B, text), the mean over tokens of the
+    text encoder's hidden states.
 
     motion_channels, frames, columns: D, L and H'+W'; L and the columns may be any number >= 1, the grid is padded to
     whole patches. channels, size: C and (H, W) of the content frame, cut into its own patches of `content_patch` pixels
@@ -56,8 +56,8 @@ class MotionDiT(nn.Module):
         super().__init__()
         size = pair(size)
         if size[0] % content_patch or size[1] % content_patch:
-            raise InputError(f"a content frame of {size[0]}x{size[1]} cannot be cut into patches of {content_patch}: choose "
-                             "another --content-patch")
+            raise InputError(f"a content frame of {size[0]}x{size[1]} cannot be cut into patches of {content_patch}: "
+                             "choose another --content-patch")
         self.motion_channels, self.frames, self.columns, self.patch = motion_channels, frames, columns, patch
         self.classes, self.text = classes, text
         self.grid = (-(-frames // patch), -(-columns // patch))  # of motion tokens: time by rows, then columns
@@ -161,7 +161,7 @@ def build_motion_model(state):
 
 
 def text_features(text_encoder, captions):
-    """Captions -> (B, width): the mean over all 77 tokens of the text encoder's hidden states, as the release takes it."""
+    """Captions -> (B, width): the mean over all 77 tokens of the text encoder's hidden states, as in the release."""
     with torch.no_grad():
         return text_encoder.encode(captions).float().mean(1)
 
@@ -198,7 +198,7 @@ def main():
     if not saved and args.text:
         text_encoder = load_text_encoder(args.text)
     elif not saved and args.preset.startswith("webvid"):
-        raise InputError(f"--preset {args.preset} needs --text: a raw file with the text encoder that captions go through")
+        raise InputError(f"--preset {args.preset} needs --text: a raw file with the captions' text encoder")
     config = dict(model=args.model, motion_channels=shape[0], frames=shape[1], columns=shape[2],
                   channels=dataset.content_shape[0], size=list(dataset.content_shape[1:]), patch=args.patch,
                   content_patch=args.content_patch, classes=max(1, len(dataset.classes)),

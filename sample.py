@@ -169,8 +169,8 @@ class Sampler:
                       for n in numbers]
         noise = gaussian(generators, torch.empty(len(wishes), *stage.shape, device=self.device))
         bounds = None if self.image else (-1, 1)  # a mean of pixels is in their range; latents have none
-        return self.sampler(guided(predict, given, nothing, args.guidance), noise, stage.diffusion, args.steps, args.eta,
-                            generators, bounds, self.progress("content"))
+        return self.sampler(guided(predict, given, nothing, args.guidance), noise, stage.diffusion, args.steps,
+                            args.eta, generators, bounds, self.progress("content"))
 
     def draw_motion(self, content, wishes, numbers):
         """Motion latents (B, D, L, H'+W'), as the decoder takes them, for content frames and labels or prompts."""
@@ -338,7 +338,8 @@ def main():
                 captions += [item["caption"] for item in items]
                 wanted = [item["caption" if sampler.motion and sampler.motion.text else "label"] for item in items]
                 for n, clip in zip(batch, clips):
-                    jobs.append(writers.submit(write_video, os.path.join(folder, "real", f"{n:05d}.mp4"), clip, args.fps))
+                    path = os.path.join(folder, "real", f"{n:05d}.mp4")
+                    jobs.append(writers.submit(write_video, path, clip, args.fps))
             elif picture is not None:
                 content = picture.expand(len(batch), -1, -1, -1)
             else:

@@ -136,19 +136,43 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_file_gives_the_frames_asked_for_from_every_start(tmp_path, name):
-    path = write(tmp_path / name, **KINDS[name])
-    whole = data.read_clip(path, 60)
+def test_seeking_gives_the_very_pixels_of_decoding_from_the_start(tmp_path, name):
+    path = write(tmp_path / name, frames=150, **KINDS[name])
+    whole = data.read_clip(path, 150)
     assert consecutive(numbers(whole)) and numbers(whole)[0] == 0
-    starts = set()
-    for seed in range(60):
+    for seed in range(40):
         clip = data.read_clip(path, 8, stride=2, rng=rng(seed))
-        found = numbers(clip)
-        assert consecutive(found, 2), found
-        same = [i for i in range(46) if np.array_equal(whole[i:i + 16:2], clip)]      # pixel for pixel
-        assert same, f"seeking gave other pixels than decoding from the start: {found}"
-        starts.add(same[0])
-    assert min(starts) <= 4 and max(starts) >= (24 if name == "mpeg2.mpg" else 41), starts     # its length is guessed
+        assert consecutive(numbers(clip), 2)
+        assert any(np.array_equal(whole[i:i + 15:2], clip) for i in range(136)), "other pixels than without seeking"
+
+
+class Place:
+    """In a Generator's place: always draws the same number."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def random(self):
+        return self.number
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("mpeg2.mpg", "sound.mkv")])
+def test_a_start_is_the_frame_it_was_meant_to_be(tmp_path, name):
+    path = write(tmp_path / name, frames=120, **KINDS[name])
+    for place in (0.0, 0.1, 0.3, 0.4, 0.5, 0.77, 0.999):        # among 106 starts
+        assert numbers(data.read_clip(path, 15, rng=Place(place)))[0] == int(place * 106) % 50
+
+
+def test_a_header_that_promises_too_much_is_corrected(tmp_path):
+    path = write(tmp_path / "sound.mkv", frames=120, audio=True)     # the file's duration is its sound's, 3 s longer
+    for place in (0.6, 0.9):
+        assert numbers(data.read_clip(path, 15, rng=Place(place)))[0] == int(place * 106) % 50
+
+
+def test_a_name_may_look_like_a_protocol(tmp_path, monkeypatch):
+    write(tmp_path / "12:30.mp4", frames=8)
+    monkeypatch.chdir(tmp_path)
+    assert len(data.read_clip("12:30.mp4", 8)) == 8
 
 
 def test_starts_are_spread_evenly_and_repeat_with_the_seed(tmp_path):
@@ -490,7 +514,7 @@ def leaks(folder, clips):
         with open("/proc/self/statm") as f:
             return len(os.listdir("/proc/self/fd")), int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2 ** 20
 
-    before, after = run(300 + clips // 4), run(clips)         # the heap grows at first, then no more
+    before, after = run(300 + clips // 2), run(clips)         # the heap grows at first, then no more
     return after[0] - before[0], after[1] - before[1]
 
 
@@ -594,7 +618,7 @@ def test_missing_videos_and_bad_rows_are_replaced_counted_and_named(captioned, t
 
 def test_a_csv_without_the_columns_is_one_clear_line(tmp_path):
     (tmp_path / "a.csv").write_text("file,text\na,b\n")
-    with pytest.raises(data.InputError, match="columns are file, text; needed are videoid, page_dir and name .* or path"):
+    with pytest.raises(data.InputError, match="columns are file, text; needed are videoid, page_dir and name .* or"):
         data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
     for content in ("", "path,caption\n"):
         (tmp_path / "a.csv").write_text(content)
@@ -653,7 +677,10 @@ def test_what_is_written_reads_back(tmp_path, name, size):
     assert times == pytest.approx([i / 8 for i in range(16)], abs=0.006)
 
 
-def test_a_still_gif_keeps_its_frames_and_does_not_flicker(tmp_path):
+def test_what_stands_still_in_a_gif_does_not_flicker_and_repeated_frames_stay(tmp_path):
+    data.write_video(tmp_path / "a.gif", moving_square(), 8)
+    still = data.read_clip(tmp_path / "a.gif", 16)[:, 20:]      # below the square
+    assert (still == still[:1]).all()
     data.write_video(tmp_path / "a.gif", moving_square(1).expand(-1, 16, -1, -1), 8)
     clip = data.read_clip(tmp_path / "a.gif", 16)
     assert (clip == clip[:1]).all()

@@ -1,0 +1,189 @@
+"""Proves that the scripts do together what the README says, run as a user runs them, at tiny sizes, and that a mistake
+costs the user one clear line."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from autoencoder import load_autoencoder
+from data import EncodedClips, MovingShapes, read_clip, write_video
+
+TINY = ("--width 16 --heads 2 --depth 1 --size 16 --frames 6 --steps 4 --batch-size 4 --log-every 2 --save-every 2 "
+        "--preview-every 2 --clips 40 --shard-size 16").split()
+TINY_DIFFUSION = "--steps 4 --batch-size 4 --log-every 2 --save-every 2 --preview-every 4".split()
+
+
+@pytest.fixture(scope="module")
+def shapes_run(script, tmp_path_factory):
+    """The four scripts, one after the other, on the shapes."""
+    folder = str(tmp_path_factory.mktemp("shapes") / "run")
+    for command in (["autoencoder.py", *TINY], ["content_diffusion.py", *TINY_DIFFUSION],
+                    ["motion_diffusion.py", *TINY_DIFFUSION],
+                    "sample.py --num 3 --steps 3 --motion-steps 3 --batch-size 2".split()):
+        done = script(*command, "--run", folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def video_folder(tmp_path_factory):
+    """Class folders of real files, not square, in two formats, and one file that is no video."""
+    root = tmp_path_factory.mktemp("videos")
+    shapes = MovingShapes(30, (40, 64), seed=5)
+    for i in range(8):
+        os.makedirs(root / f"class{i % 2}", exist_ok=True)
+        write_video(str(root / f"class{i % 2}" / f"{i}.{'mp4' if i % 3 else 'gif'}"), shapes[i]["video"], 10)
+    (root / "class0" / "broken.mp4").write_bytes(b"not a video")
+    return str(root)
+
+
+def test_the_run_folder_holds_what_the_design_says(shapes_run):
+    for name in ("autoencoder.pt", "content.pt", "motion.pt", "autoencoder.csv", "content.csv", "motion.csv",
+                 "encodings/index.json", "previews/autoencoder-000004.png", "previews/content-000004.png",
+                 "previews/motion-000004.png", "samples/samples.gif", "samples/samples.png", "samples/00002.mp4"):
+        assert os.path.getsize(os.path.join(shapes_run, name)) > 0, name
+    with open(os.path.join(shapes_run, "content.csv")) as file:
+        assert [line.split(",")[0] for line in file] == ["step", "2", "4"]
+    assert read_clip(os.path.join(shapes_run, "samples/00000.mp4"), 6).shape == (6, 16, 16, 3)
+
+
+def test_checkpoints_hold_plain_values_only(shapes_run):
+    for name in ("autoencoder", "content", "motion"):
+        state = torch.load(os.path.join(shapes_run, f"{name}.pt"), weights_only=True)
+        assert {"stage", "step", "args", "config", "model", "optimizer"} <= state.keys()
+        assert ("ema" in state) == (name != "autoencoder")
+
+
+def test_encodings_are_what_the_model_gives(shapes_run):
+    model, _, state = load_autoencoder(shapes_run, torch.device("cpu"))
+    clips, videos = EncodedClips(shapes_run), MovingShapes(6, 16, 0)
+    assert len(clips) == 40
+    for i in (0, 17, 39):
+        content, motion = model.encode(videos[i]["video"][None])
+        assert torch.allclose(clips[i]["content"], content[0], atol=1e-3)  # half precision
+        assert torch.allclose(clips[i]["motion"], motion[0], atol=1e-3)
+        assert (clips[i]["label"], clips[i]["caption"]) == (videos[i]["label"], videos[i]["caption"])
+    motions = torch.stack([clips[i]["motion"] for i in range(40)])
+    assert torch.allclose(model.motion_mean.flatten(), motions.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(model.motion_std.flatten(), motions.std((0, 2, 3), unbiased=False), rtol=1e-3)
+
+
+def clips_in(folder):
+    return np.stack([read_clip(os.path.join(folder, name), 6)
+                     for name in sorted(os.listdir(folder)) if name.endswith(".mp4")])
+
+
+def test_a_seed_gives_the_same_clips_whatever_the_batch_size(script, shapes_run, tmp_path):
+    for out, size, seed in (("a", 3, 0), ("b", 1, 0), ("c", 3, 1)):
+        done = script("sample.py", "--run", shapes_run, "--num", 3, "--steps", 3, "--motion-steps", 3, "--batch-size",
+                      size, "--seed", seed, "--eta", 0.5, "--out", tmp_path / out)
+        assert done.returncode == 0, done.stderr
+    a, b, c = (clips_in(tmp_path / out).astype(int) for out in "abc")
+    assert abs(a - b).max() <= 2  # rounding, and the video codec's answer to it
+    assert abs(a - c).max() > 5
+
+
+def test_real_clips_through_a_part_of_the_model(script, shapes_run, tmp_path):
+    for flag in ("--reconstruct", "--predict-motion"):
+        done = script("sample.py", "--run", shapes_run, flag, "--num", 3, "--motion-steps", 2, "--out", tmp_path / flag)
+        assert done.returncode == 0, done.stderr
+        real = clips_in(tmp_path / flag / "real")
+        assert real.shape == clips_in(tmp_path / flag / "fake").shape == (3, 6, 16, 16, 3)
+        expected = MovingShapes(6, 16, 0, split="test")[1]["video"].permute(1, 2, 3, 0).numpy() * 127.5 + 127.5
+        assert abs(real[1].mean() - expected.mean()) < 4
+
+
+def test_a_folder_of_videos_goes_through_all_four_scripts(script, video_folder, tmp_path):
+    run = tmp_path / "run"
+    sizes = ["--size", 40, 64, "--frames", 9, "--patch", 4, "--content-patch", 8]
+    done = script("autoencoder.py", "--preset", "ucf101", "--data", video_folder, *TINY, *sizes[:7], "--clips", 0,
+                  "--clips-per-video", 2, "--workers", 1, "--run", run)
+    assert done.returncode == 0, done.stderr
+    assert "broken.mp4" in done.stderr + done.stdout
+    with open(run / "encodings" / "index.json") as file:
+        index = json.load(file)
+    assert index["classes"] == ["class0", "class1"] and index["motion"] == [8, 9, 10 + 16]
+    for stage, patch in (("content_diffusion.py", ["--patch", 8]), ("motion_diffusion.py", sizes[7:])):
+        done = script(stage, "--run", run, "--model", "mini", *patch, *TINY_DIFFUSION, "--workers", 0)
+        assert done.returncode == 0, done.stderr
+    done = script("sample.py", "--run", run, "--label", "class1", "--num", 2, "--steps", 2, "--motion-steps", 2, "--out",
+                  tmp_path / "out", "--sampler", "dpm++")
+    assert done.returncode == 0, done.stderr
+    assert read_clip(str(tmp_path / "out" / "00001.mp4"), 9).shape == (9, 40, 64, 3)
+    assert (tmp_path / "out" / "captions.txt").read_text() == "class1\nclass1\n"
+
+
+@pytest.mark.parametrize("flags", [["--content", "mean"], ["--content", "frame"], ["--motion-channels", "16"],
+                                   ["--no-smooth", "--loss", "l1"], ["--accumulate", "2", "--checkpointing"]])
+def test_each_ablation_is_a_flag(script, tmp_path, flags):
+    done = script("autoencoder.py", *TINY, "--run", tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "encoded 40 clips" in done.stdout
+
+
+MISTAKES = [  # command, words of the one line
+    ("autoencoder.py --data /nowhere", "/nowhere does not exist"),
+    ("autoencoder.py --preset ucf101", "needs --data"),
+    ("autoencoder.py --size 18", "divisible by 4"),
+    ("autoencoder.py --data {empty}", "no "),
+    ("autoencoder.py --data {videos} --frames 31", "31"),
+    ("autoencoder.py --batch-size 0", "--batch-size"),
+    ("autoencoder.py --steeps 3", "did you mean --steps?"),
+    ("autoencoder.py --preset nonsense", "invalid choice"),
+    ("autoencoder.py --run {run}", "exists: --resume goes on"),
+    ("autoencoder.py --run {run} --resume --width 32", "trained with width 16, not 32"),
+    ("autoencoder.py --encode --run {empty}", "no {empty}/autoencoder.pt"),
+    ("content_diffusion.py --run {empty}", "no encodings in {empty}"),
+    ("content_diffusion.py --run {run}", "exists: --resume goes on"),
+    ("content_diffusion.py --run {run} --preset ucf101 --resume", "trained with --preset shapes, not ucf101"),
+    ("motion_diffusion.py --run {empty}", "no encodings in {empty}"),
+    ("motion_diffusion.py --run {other} --content-patch 5", "patches of 5"),
+    ("sample.py --run {empty}", "no {empty}/autoencoder.pt"),
+    ("sample.py --run {swapped}", "was written by content_diffusion.py, not by motion_diffusion.py"),
+    ("sample.py --run {run} --label hexagon", "--label hexagon is none of the 12 classes: circle moving left"),
+    ("sample.py --run {run} --prompt hello", "conditioned on classes"),
+    ("sample.py --run {run} --out {run}", "not an empty folder"),
+    ("sample.py --run {run} --image {run}/motion.csv", "cannot be read as a picture"),
+    ("sample.py --run {run} --steps 0", "at least 1"),
+    ("sample.py --run {run} --prompts /nowhere", "/nowhere"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(shapes_run, video_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("places")
+    for name in ("empty", "swapped", "other"):
+        os.makedirs(root / name)
+    for name in ("autoencoder.pt", "content.pt"):
+        os.symlink(os.path.join(shapes_run, name), root / "swapped" / name)
+    os.symlink(os.path.join(shapes_run, "content.pt"), root / "swapped" / "motion.pt")
+    for name in ("autoencoder.pt", "encodings"):
+        os.symlink(os.path.join(shapes_run, name), root / "other" / name)
+    return dict(run=shapes_run, videos=video_folder, **{name: root / name for name in ("empty", "swapped", "other")})
+
+
+@pytest.mark.parametrize("command, words", MISTAKES)
+def test_a_mistake_costs_one_clear_line(script, places, tmp_path, command, words):
+    arguments = command.format(**places).split()
+    if "--run" not in arguments:
+        arguments += ["--run", str(tmp_path / "new")]
+    done = script(*arguments)
+    assert done.returncode in (1, 2)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 or "left out" in done.stderr, done.stderr
+    assert lines[-1].startswith(arguments[0]) and words.format(**places) in lines[-1], lines[-1]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "content_diffusion", "motion_diffusion", "sample", "fvd"])
+def test_help_is_grouped_and_names_the_flags_that_must_hold(script, name):
+    done = script(f"{name}.py", "--help")
+    assert done.returncode == 0
+    training = "--preset --data --run --steps --batch-size --lr --seed --resume --compile --workers"
+    flags = {"sample": "--run --label --prompt --prompts --num --guidance --steps --motion-steps --seed --out --image",
+             "fvd": "--i3d --num --frames"}.get(name, training)
+    for flag in flags.split():
+        assert flag in done.stdout
