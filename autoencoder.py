@@ -6,8 +6,8 @@ H' = H / patch. It ends by encoding the data set into the run folder: that is al
 
     python autoencoder.py                                            # moving shapes, minutes on a CPU
     python autoencoder.py --preset ucf101 --data UCF-101             # your own folder works as well
-    torchrun --nproc-per-node 8 autoencoder.py --preset ucf101 --data UCF-101
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 autoencoder.py ...   # on each
+    torchrun --nproc-per-node 8 -- autoencoder.py --preset ucf101 --data UCF-101
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -- autoencoder.py ...
 
 Where we differ from the paper: depth 8 and heads of 48, the size that its table 8 reports the cost of (table 5 prints
 12 and 64). From the authors' release: positions in both trunks (without them a trunk cannot tell frame 1 from frame 9,
@@ -833,11 +833,11 @@ class Readable(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def encode_dataset(args, model, image, dataset, indices, rank, world, device):
+def encode_dataset(args, model, image, dataset, indices, rank, world, device, stop):
     """Encodes the data set into the run folder's shards and measures the motion latents' mean and deviation.
 
     Shard k belongs to rank k mod world and does not depend on their number; one that is there already is kept, so an
-    interrupted encoding goes on where it stopped.
+    interrupted encoding goes on where it stopped. Returns the weights' hash, or None where `stop` was asked for.
     """
     folder = os.path.join(args.run, "encodings")
     index_path = os.path.join(folder, "index.json")
@@ -847,7 +847,8 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device):
     shards = -(-len(keys) // args.shard_size)
     index = dict(complete=False, preset=args.preset, data=args.data, fingerprint=weights_hash(dict(
         model.named_parameters())), keys=len(keys), shards=shards, shard_size=args.shard_size, stride=args.stride,
-        seed=args.seed, clips_per_video=args.clips_per_video, classes=dataset.classes)
+        seed=args.seed, clips_per_video=args.clips_per_video, classes=dataset.classes, split=args.split,
+        captions=args.captions)
     if rank == 0:
         try:
             with open(index_path) as file:
@@ -877,9 +878,12 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device):
         worker_init_fn=quiet_worker))
     model.eval()
     bar = tqdm(total=sum(len(shard_keys(number)) for number in todo), desc="encode", unit="clip", disable=rank > 0)
-    for number in todo:
+
+    def encode_shard(number):
         contents, motions, records = [], [], []
         for start_key in range(0, len(shard_keys(number)), batch):
+            if stop.asked:  # half a shard is none
+                return
             items = next(loader)
             bar.update(len(items))
             items = [item for item in items if item is not None]
@@ -896,9 +900,16 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device):
         motions = np.concatenate(motions or [np.zeros((0, *latent))])
         sums = [motions.astype(np.float64).__pow__(n).sum((0, 2, 3)).tolist() for n in (1, 2)]
         write_shard(folder, number, contents, motions, records, sums=sums)
+
+    for first in range(0, shards, world):  # in rounds, so that a signal stops all ranks after the same one
+        if first + rank in todo:
+            encode_shard(first + rank)
+        if stop:
+            bar.close()
+            if rank == 0:
+                print("stopped while encoding: --encode goes on after the shards that are written")
+            return None
     bar.close()
-    if world > 1:
-        torch.distributed.barrier()
 
     infos = [check_shard(os.path.join(folder, f"shard-{number:05d}"), checksums=False) for number in range(shards)]
     clips = sum(info["clips"] for info in infos)
@@ -973,7 +984,7 @@ def main():
             counts=torch.stack([loss_sum, bad_row, skipped]), image_autoencoder=image_state))
 
     stop, generator = StopSignal(), torch.Generator(device)
-    last = first if args.encode else args.steps
+    last = first if args.encode else max(first, args.steps)
     if rank == 0:
         count = sum(p.numel() for p in model.parameters())
         print(f"autoencoder: {count / 1e6:.1f} M parameters, steps {first} to {last}, {args.run}")
@@ -1000,7 +1011,7 @@ def main():
                     frame = torch.arange(len(again), device=device), slice(None), one[part]
                     loss = loss + lpips(again[frame].float(), video[part][frame]).mean()
                 (loss / len(parts)).backward()
-            loss_sum += loss.detach().nan_to_num() / len(parts)
+            loss_sum += loss.detach().nan_to_num(0, 0, 0) / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
         optimizer.found_inf = bad.float()  # so that the device need not be asked
@@ -1039,8 +1050,8 @@ def main():
             if rank == 0:
                 print(f"stopped after step {done}, saved: --resume goes on")
             return
-    fingerprint = encode_dataset(args, model, image, dataset, indices, rank, world, device)
-    if rank == 0:
+    fingerprint = encode_dataset(args, model, image, dataset, indices, rank, world, device, stop)
+    if rank == 0 and fingerprint:
         save(last, fingerprint)
 
 

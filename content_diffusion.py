@@ -5,8 +5,8 @@ Out: a diffusion model p(content | c): a DiT from scratch, or Stable Diffusion's
 
     python content_diffusion.py                                      # on the shapes that autoencoder.py encoded
     python content_diffusion.py --run runs/ucf101                    # the preset is the run's own
-    torchrun --nproc-per-node 8 content_diffusion.py --run runs/webvid_sd15 --sd v1-5-pruned.safetensors
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 content_diffusion.py ...
+    torchrun --nproc-per-node 8 -- content_diffusion.py --run runs/webvid_sd15 --sd v1-5-pruned.safetensors
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -- content_diffusion.py ...
 
 It needs nothing of stage 3: train both side by side. Where we differ from the authors' release: no learned variance
 (DDIM with eta 0 never uses it), EMA 0.999 as the paper says, and Stable Diffusion, which the release lacks.
@@ -763,7 +763,7 @@ def main():
         config |= dict(channels=shape[0], size=list(shape[1:]), patch=args.patch, classes=max(1, len(dataset.classes)),
                        **DIT_SIZES[args.model])
     if saved:
-        check_config(config, saved, path)
+        check_config(config, saved, path, dataset.index["fingerprint"])
         model, text_encoder = build_content_model(saved)
     elif args.model == "sd":
         if not args.sd:
@@ -840,7 +840,7 @@ def main():
                     loss = diffusion.loss(lambda x, t: predict(x, t, condition[part]),
                                           content[part], t[part], noise[part])
                 (loss / len(parts)).backward()
-            loss_sum += loss.detach().nan_to_num() / len(parts)
+            loss_sum += loss.detach().nan_to_num(0, 0, 0) / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
         bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
         optimizer.found_inf = bad.float()  # so the device need not be asked

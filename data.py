@@ -7,6 +7,7 @@ import csv
 import ctypes
 import datetime
 import difflib
+import errno
 import functools
 import glob
 import hashlib
@@ -274,7 +275,8 @@ def _decode(container, stream, start, frames, size, stride):
             decoded = itertools.chain([head] if head else [], decoded)
             if head is None or head.pts is None or head.pts < target + period:
                 break
-    clip, seen, scaler = [], 0, VideoReformatter()      # one scaler for the clip: its set-up costs more than a frame
+    clip, seen, turn = [], 0, None
+    scaler = VideoReformatter()                         # one for the clip: its set-up costs more than a frame
     for frame in decoded:
         if frame is None:
             if seen:
@@ -285,7 +287,8 @@ def _decode(container, stream, start, frames, size, stride):
             if seen % stride == 0:
                 if frame.is_corrupt:
                     raise _Damaged("damaged: frames are corrupt")
-                clip.append(_picture(frame, stream, size, scaler))
+                turn = turn or _orientation(frame)      # once a clip: each look leaks some bytes in PyAV 18
+                clip.append(_picture(frame, turn, stream, size, scaler))
                 if len(clip) == frames:
                     break
             seen += 1
@@ -310,12 +313,17 @@ def _decoded(stream, packets, target=None):
             yield from frames
 
 
-def _picture(frame, stream, size, scaler):
-    """A decoded frame -> RGB (H, W, 3): resized by the same call that converts the colours, turned upright, cropped."""
-    # Orientation: x' = a x + c y, y' = b x + d y, signs and zeros of a 3 x 3 matrix.
+def _orientation(frame):
+    """(a, b, c, d) of the display matrix, as +-1 and 0 times 65536 unless the picture is skewed."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
-    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5] if matrix else (1, 0, 0, 0, 1)
-    lying = abs(int(a)) + abs(int(d)) < abs(int(b)) + abs(int(c))
+    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+    return a, b, c, d
+
+
+def _picture(frame, turn, stream, size, scaler):
+    """A decoded frame -> RGB (H, W, 3): resized by the same call that converts the colours, turned upright, cropped."""
+    a, b, c, d = turn                                   # x' = a x + c y, y' = b x + d y
+    lying = abs(a) + abs(d) < abs(b) + abs(c)
     height, width = frame.height, frame.width
     if size is not None:
         H, W = pair(size)[::-1] if lying else pair(size)
@@ -946,8 +954,10 @@ def stream(dataset, batch_size, seed=0, step=0, workers=0, rank=0, world=1, indi
 
 
 def quiet_worker(_):
-    # Ctrl-C reaches the workers too: the main process alone answers it. One thread each: they are many.
+    # Ctrl-C, and a scheduler's SIGTERM, reach the workers too: the main process alone answers them, and needs its
+    # workers for the step at hand. One thread each: they are many.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -1070,8 +1080,8 @@ class Log:
 def start(seed):
     """(rank, world, device), in a process group where torchrun started this process, alone where it did not.
 
-    Tensors on the CPU are reduced by gloo, those on GPUs by nccl. A rank that waits longer than ten minutes for the
-    others gives up with an error.
+    Tensors on the CPU are reduced by gloo, those on GPUs by nccl. A rank that waits longer than half an hour for
+    the others gives up with an error.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -1088,7 +1098,7 @@ def start(seed):
             libc.mallopt(option, 1 << 30)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     torch.manual_seed(seed)
     return rank, world, device
 
@@ -1157,12 +1167,16 @@ def parse_flags(parser, presets, stage, argv=None):
     return args, checkpoint
 
 
-def check_config(config, checkpoint, path):
-    """Resuming continues the model that was saved: a flag that would build another one is an error."""
+def check_config(config, checkpoint, path, fingerprint=None):
+    """Resuming continues the model that was saved: a flag that would build another one is an error, and so are encodings
+    (by their `fingerprint`) of another autoencoder."""
     for name, value in checkpoint["config"].items():
         if name in config and config[name] != value:
             raise InputError(f"{path} was trained with {name} {value}, not {config[name]}: drop that flag, or name "
                              "another --run")
+    if fingerprint and fingerprint != checkpoint["fingerprint"]:
+        raise InputError(f"{path} was trained on the encodings of another autoencoder: train it anew in another --run, or "
+                         "delete it")
 
 
 def split_batch(args, world):
@@ -1199,18 +1213,29 @@ def average(value):
 def check_finite(bad_row, step, path):
     """Ends a run whose last steps were all skipped for a NaN or infinite gradient."""
     if bad_row >= 5:
+        left = f"{path} holds the last good weights" if os.path.exists(path) else "nothing was saved yet"
         raise InputError(f"the last {int(bad_row)} steps up to {step} had a NaN or infinite loss and were skipped: "
-                         f"lower --lr, or look at the data; {path} holds the last good weights")
+                         f"lower --lr, or look at the data; {left}")
 
 
 def run(main):
-    """Runs a script's main(): an InputError is printed as one line, with no traceback."""
+    """Runs a script's main(): an InputError is printed as one line, with no traceback; so are a full disk, a loader's
+    worker that was killed, and the end of another rank."""
     name = os.path.basename(sys.argv[0])
     try:
         main()
     except InputError as error:
         # From a loader's worker the message comes wrapped in the worker's traceback: its last line is the message.
         sys.exit(f"{name}: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
+    except (OSError, RuntimeError) as error:
+        line = " ".join(str(error).split())
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            sys.exit(f"{name}: {line}: free some space and go on with --resume")
+        if line.startswith("DataLoader worker"):
+            sys.exit(f"{name}: {line} Memory may have run out: take fewer --workers, and go on with --resume")
+        if isinstance(error, torch.distributed.DistError) or "gloo" in line:
+            sys.exit(f"{name}: lost the other ranks; the one that ended first says why ({line[-150:]})")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -2,7 +2,7 @@
 
     python fvd.py REAL FAKE --i3d i3d_torchscript.pt                       FVD of two folders, all the videos in them
     python fvd.py UCF-101 samples --i3d i3d_torchscript.pt --split trainlist01.txt --num 2048      the paper's protocol
-    torchrun --nproc_per_node=8 -- fvd.py REAL FAKE --i3d i3d_torchscript.pt     the same figure, on eight GPUs
+    torchrun --nproc-per-node 8 -- fvd.py REAL FAKE --i3d i3d_torchscript.pt     the same figure, on eight GPUs
     python fvd.py shapes samples --i3d random                              try the script out, with nothing downloaded
     python fvd.py recon/real recon/fake --paired --i3d i3d_torchscript.pt  R-FVD, PSNR and SSIM of reconstructions
     python fvd.py samples --clipsim --clip ViT-B-32.pt --prompts prompts.txt --csv clipsim.csv
@@ -359,6 +359,7 @@ class VideoSet:
             self.names = data.VideoFolder(path, 1, None, split=split).files
         else:
             self.names = data.find_videos(path) or frame_folders(path)
+        self.names = [name for name in self.names if name != "samples.gif"]  # sample.py's overview of all clips
         if not self.names:
             raise InputError(f"no videos in {path}: it holds neither video files nor folders of frames")
         once = {}  # sample.py may write a .gif beside each .mp4: one video, and the .gif has fewer colours
@@ -627,7 +628,7 @@ def find_prompts(videos, file):
     beside = [os.path.join(videos.path, stem(name) + ".txt") for name in videos.names]
     if not file and all(map(os.path.isfile, beside)):
         return {name: open(path, encoding="utf-8").read().strip() for name, path in zip(videos.names, beside)}
-    file = file or os.path.join(videos.path, "prompts.txt")
+    file = file or os.path.join(videos.path, "captions.txt")
     if not os.path.isfile(file):
         raise InputError(f"no {file}: give --prompts FILE with one line a video, or lay a .txt beside each video")
     with open(file, encoding="utf-8") as lines:
@@ -704,7 +705,7 @@ def parse(argv=None):
     add("--clipsim", action="store_true", help="similarity of FAKE's frames with their prompts")
     add("--clip", metavar="FILE", default="ViT-B-32.pt", help="OpenAI's CLIP file, or its state dict")
     add("--prompts", metavar="FILE", help="one line a video, in the order of their names (none: the .txt beside each "
-        "video, or prompts.txt in the folder)")
+        "video, or sample.py's captions.txt in the folder)")
     add("--csv", metavar="FILE", help="where CLIPSIM of each prompt goes")
     add = parser.add_argument_group("speed").add_argument
     add("--batch-size", type=positive, default=4, help="videos at once on each rank")

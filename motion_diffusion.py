@@ -6,8 +6,8 @@ patches as further tokens.
 
     python motion_diffusion.py                                       # on the shapes that autoencoder.py encoded
     python motion_diffusion.py --run runs/ucf101                     # the preset is the run's own
-    torchrun --nproc-per-node 8 motion_diffusion.py --run runs/webvid_sd21 --text v2-1_512-ema-pruned.safetensors
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 motion_diffusion.py ...
+    torchrun --nproc-per-node 8 -- motion_diffusion.py --run runs/webvid_sd21 --text v2-1_512-ema-pruned.safetensors
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -- motion_diffusion.py ...
 
 It needs nothing of stage 2: train both side by side. Where we differ from the authors' release, whose script does not
 parse: positions that fit the grid, which is not square; the condition is used; EMA 0.999 as the paper says.
@@ -204,7 +204,7 @@ def main():
                   content_patch=args.content_patch, classes=max(1, len(dataset.classes)),
                   text=text_encoder and text_encoder.width, **DIT_SIZES[args.model])
     if saved:
-        check_config(config, saved, path)
+        check_config(config, saved, path, dataset.index["fingerprint"])
     model = MotionDiT(**{name: value for name, value in config.items() if name != "model"}).to(device)
     model.checkpointing = args.checkpointing
     if saved:
@@ -270,7 +270,7 @@ def main():
                     loss = diffusion.loss(lambda x, t: predict(x, t, content[part], condition[part]),
                                           motion[part], t[part], noise[part])
                 (loss / len(parts)).backward()
-            loss_sum += loss.detach().nan_to_num() / len(parts)
+            loss_sum += loss.detach().nan_to_num(0, 0, 0) / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
         bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
         optimizer.found_inf = bad.float()  # so the device need not be asked
