@@ -477,7 +477,8 @@ class ImageAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        # (B, 1, HW, C), contiguous: the fast kernels, which never hold the HW x HW matrix, take nothing else.
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None].contiguous() for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
         return x + self.proj_out(h)
 
@@ -682,8 +683,8 @@ PRESETS = {
     # small errors; MSE, a higher learning rate that decays, and Adam's usual first beta, because the run is short.
     "shapes": dict(
         data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
-        smooth=True, noise=0.05, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=8, steps=1500, decay_steps=1500,
-        clips=6000, save_every=250, preview_every=500, log_every=25, workers=0,
+        smooth=True, noise=0.05, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=3000, decay_steps=3000,
+        clips=6000, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     # Table 5 and appendix B. LPIPS joins the loss where its two weight files are named.
     "ucf101": dict(
@@ -774,7 +775,8 @@ def half(module):
 
 def open_image_autoencoder(tensors, device):
     image = build_image_autoencoder(tensors, "the run's image autoencoder")
-    return image.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    return image.to(device, torch.float16 if device.type == "cuda" else torch.float32,
+                    memory_format=torch.channels_last)
 
 
 def to_frames(video, image):
@@ -814,7 +816,7 @@ def evaluate(model, image, dataset, indices, picture):
         if len(rows) < 8:
             still = to_pixels(content[:, :, None], image)
             rows.append(torch.cat([video[0, :, ::4], still[0], again[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
-    write_sheet(picture, rows, columns=1, frames=9)
+    write_sheet(picture, rows, columns=1, frames=rows[0].shape[1])
     model.train()
     return float(np.mean(ours)), float(np.mean(mean))
 
@@ -890,8 +892,9 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
             if not items:
                 continue
             video = torch.stack([item["video"] for item in items]).to(device)
+            frames = to_frames(video, image)  # not under autocast: latents as precise as those it was trained on
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                content, motion = model.encode(to_frames(video, image))
+                content, motion = model.encode(frames)
             contents.append(content.half().cpu().numpy())
             motions.append(motion.half().cpu().numpy())
             records += [dict(label=item["label"], caption=item["caption"]) for item in items]
@@ -934,7 +937,15 @@ def main():
     rank, world, device = start(args.seed)
     share, parts = split_batch(args, world)
     path = os.path.join(args.run, "autoencoder.pt")
+    if len(args.size) > 2 or min(args.size) < 1:
+        raise InputError("--size takes one number, or height and width")
     size = pair(args.size[0] if len(args.size) == 1 else args.size)
+    if not args.data:
+        raise InputError(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions")
+    if args.channels == 3 and args.sd:
+        raise InputError(f"--preset {args.preset} works on pixels: drop --sd, or take --preset webvid_sd15")
+    if args.channels == 4 and args.lpips:
+        raise InputError(f"--lpips compares pixels, and --preset {args.preset} works on latents: drop it")
 
     # Model
     image, image_state = None, saved["image_autoencoder"] if saved else None
@@ -965,8 +976,6 @@ def main():
         reconstruct = DistributedDataParallel(reconstruct, gradient_as_bucket_view=True)
 
     # Data
-    if not args.data:
-        raise InputError(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions")
     dataset, indices, test_set, test = open_dataset(args.data, args.frames, size, args.stride, args.split,
                                                     args.captions, args.seed)
     batches = stream(dataset, args.batch_size, args.seed, first, args.workers, rank, world, indices)

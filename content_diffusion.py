@@ -482,7 +482,7 @@ class TextEncoder(nn.Module):
 
 def build_unet(tensors, path):
     """The UNet in a Stable Diffusion file's tensors; its sizes, and so its version, come from their shapes."""
-    own = with_prefix(tensors, "model.diffusion_model.")
+    own = with_prefix(tensors, "model.diffusion_model.") or tensors  # a run's own has no prefix
     if "input_blocks.0.0.weight" not in own or any(name.startswith("label_emb.") for name in own):
         raise InputError(f"{path} is not a Stable Diffusion 1.5 or 2.1 file: {describe(tensors)}")
     width, channels = own["input_blocks.0.0.weight"].shape[:2]
@@ -500,7 +500,7 @@ def build_unet(tensors, path):
     with torch.device("meta"):
         unet = UNet(width, keys.shape[1], 8, 64 if linear else None, channels, multipliers, blocks)
     load_weights(unet, own, f"{path}: the U-Net")
-    return unet
+    return unet.to(memory_format=torch.channels_last)  # what tensor cores convolve in
 
 
 def from_openclip(tensors):
@@ -657,7 +657,7 @@ PRESETS = {
     # fit), a higher learning rate that decays, a shorter EMA. Label embeddings start at unit size in every preset:
     # DiT's 0.02 takes a short run thousands of steps to outgrow.
     "shapes": dict(
-        model="mini", patch=4, predict="v", schedule="linear", lr=1e-3, batch_size=32, steps=3000, decay_steps=3000,
+        model="mini", patch=4, predict="v", schedule="linear", lr=1e-3, batch_size=16, steps=2400, decay_steps=2400,
         ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     # Table 7. 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M, at batch 256.
@@ -728,21 +728,25 @@ def save_text_encoder(encoder):
 
 
 def build_saved_text_encoder(saved):
-    encoder = TextEncoder(**saved["config"])
+    with torch.device("meta"):
+        encoder = TextEncoder(**saved["config"])
     load_weights(encoder, saved["weights"], "the run's text encoder")
     return encoder.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def preview(ema, diffusion, condition_of, shape, classes, run_folder, step, device):
-    """Draws 16 content frames by 25 DDIM steps, without guidance, into the run folder."""
+def preview(ema, diffusion, condition_of, dataset, run_folder, step, device):
+    """Draws 16 content frames (of Stable Diffusion 4) by 25 DDIM steps, without guidance, into the run folder."""
     from sample import ddim  # sample.py imports this file
 
     image = load_autoencoder(run_folder, device)[1]
-    batch = dict(label=torch.arange(16) % max(1, len(classes)), caption=["a video"] * 16)
-    condition = condition_of(batch, torch.zeros(16, dtype=torch.bool, device=device))
-    noise = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    frames = ddim(lambda x, t: ema(x, t, condition), noise, diffusion, steps=25)
+    number = 4 if image else 16
+    batch = dict(label=torch.arange(number) % max(1, len(dataset.classes)),
+                 caption=[dataset[i % len(dataset)]["caption"] for i in range(number)])
+    condition = condition_of(batch, torch.zeros(number, dtype=torch.bool, device=device))
+    noise = torch.randn(number, *dataset.content_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+        frames = ddim(lambda x, t: ema(x, t, condition), noise, diffusion, steps=25)
     write_sheet(os.path.join(run_folder, "previews", f"content-{step:06d}.png"),
                 list(to_pixels(frames[:, :, None], image).cpu()), columns=8)
 
@@ -848,7 +852,8 @@ def main():
         optimizer.zero_grad()
         bad_row, skipped = (bad_row + 1) * bad, skipped + bad
         decay = min(args.ema, (1 + step) / (10 + step))  # short at first, so that the random start is soon forgotten
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1 - decay)
 
         # The rest is logging, pictures, saving.
         done, stopping = step + 1, bool(stop)
@@ -868,7 +873,7 @@ def main():
             loss_sum = torch.zeros_like(loss_sum)
             since, clock = done, time.perf_counter()
         if rank == 0 and (done % args.preview_every == 0 or done == args.steps):
-            preview(ema, diffusion, condition_of, shape, dataset.classes, args.run, done, device)
+            preview(ema, diffusion, condition_of, dataset, args.run, done, device)
         if rank == 0 and saving:
             save(done)
         if stopping:

@@ -21,6 +21,8 @@ import re
 import shutil
 import signal
 import sys
+import threading
+import warnings
 import zlib
 from fractions import Fraction
 
@@ -720,6 +722,7 @@ def write_video(path, video, fps):
         frames = (av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in video)
     else:       # .gif counts hundredths of a second, and viewers slow down what is quicker than 50 a second
         frames, fps = _palette_frames(video), min(fps, 50)
+    scaler = VideoReformatter()  # and _SCALING's one thread: with several, the same video gives other bytes each time
     # faststart: a browser plays the .mp4 while it loads.
     with _aside(path) as temporary, av.open(temporary, "w", format=ending[1:],
                                             options={"movflags": "faststart"} if mp4 else {}) as f:
@@ -731,7 +734,7 @@ def write_video(path, video, fps):
             codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
         for i, frame in enumerate(frames):
             if mp4:
-                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+                frame = scaler.reformat(frame, format="yuv420p", dst_colorspace="ITU709", **_SCALING)
             frame.pts = i
             f.mux(stream.encode(frame))
         f.mux(stream.encode())
@@ -954,11 +957,19 @@ def stream(dataset, batch_size, seed=0, step=0, workers=0, rank=0, world=1, indi
 
 
 def quiet_worker(_):
-    # Ctrl-C, and a scheduler's SIGTERM, reach the workers too: the main process alone answers them, and needs its
-    # workers for the step at hand. One thread each: they are many.
+    # Ctrl-C, and the SIGTERM of torchrun or a scheduler, reach the workers too, but the main process alone answers
+    # them: should a worker end before it has saved, it would end with an error. One thread each: they are many.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_when_told, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def end_when_told():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0):
@@ -1018,6 +1029,8 @@ def save_checkpoint(path, state):
             os.remove(aside)
         left = "the earlier checkpoint is whole" if os.path.exists(path) else "nothing was saved"
         free = shutil.disk_usage(os.path.dirname(path) or ".").free / 1e6
+        while error.__context__ and not isinstance(error, OSError):
+            error = error.__context__
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise InputError(f"cannot save {path} ({reason}; {free:.0f} MB free on its disk): {left}; free some space and "
                          "go on with --resume") from None
@@ -1168,15 +1181,15 @@ def parse_flags(parser, presets, stage, argv=None):
 
 
 def check_config(config, checkpoint, path, fingerprint=None):
-    """Resuming continues the model that was saved: a flag that would build another one is an error, and so are encodings
-    (by their `fingerprint`) of another autoencoder."""
+    """Resuming continues the model that was saved: a flag that would build another one is an error, and so are
+    encodings (by their `fingerprint`) of another autoencoder."""
     for name, value in checkpoint["config"].items():
         if name in config and config[name] != value:
             raise InputError(f"{path} was trained with {name} {value}, not {config[name]}: drop that flag, or name "
                              "another --run")
     if fingerprint and fingerprint != checkpoint["fingerprint"]:
-        raise InputError(f"{path} was trained on the encodings of another autoencoder: train it anew in another --run, or "
-                         "delete it")
+        raise InputError(f"{path} was trained on the encodings of another autoencoder: train it anew in another --run, "
+                         "or delete it")
 
 
 def split_batch(args, world):
@@ -1221,7 +1234,14 @@ def check_finite(bad_row, step, path):
 def run(main):
     """Runs a script's main(): an InputError is printed as one line, with no traceback; so are a full disk, a loader's
     worker that was killed, and the end of another rank."""
-    name = os.path.basename(sys.argv[0])
+    name, here = os.path.basename(sys.argv[0]), os.path.dirname(os.path.abspath(__file__))
+    usual = warnings.formatwarning
+
+    def brief(message, kind, file, *place):  # our own warnings are for the user: one line, as errors are
+        own = os.path.dirname(os.path.abspath(file)) == here
+        return f"{name}: {message}\n" if own else usual(message, kind, file, *place)
+
+    warnings.formatwarning = brief
     try:
         main()
     except InputError as error:

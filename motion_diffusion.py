@@ -96,8 +96,8 @@ class MotionDiT(nn.Module):
 PRESETS = {
     # Against the paper: a small DiT, v-prediction, a higher learning rate that decays, a shorter EMA, as in stage 2.
     "shapes": dict(
-        model="mini", patch=2, content_patch=8, predict="v", schedule="linear", lr=1e-3, batch_size=32, steps=3000,
-        decay_steps=3000, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
+        model="mini", patch=2, content_patch=8, predict="v", schedule="linear", lr=1e-3, batch_size=16, steps=2400,
+        decay_steps=2400, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     # Table 6. 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M, at batch 256.
     "ucf101": dict(
@@ -168,15 +168,16 @@ def text_features(text_encoder, captions):
 
 @torch.no_grad()
 def preview(ema, diffusion, condition_of, dataset, run_folder, step, device):
-    """Draws motions for 8 stored content frames by 25 DDIM steps, without guidance, into the run folder."""
+    """Draws motions for 8 stored content frames (4 of latents) by 25 DDIM steps, unguided, into the run folder."""
     from sample import ddim  # sample.py imports this file
 
     autoencoder, image, _ = load_autoencoder(run_folder, device)
-    batch = torch.utils.data.default_collate([dataset[i] for i in range(min(8, len(dataset)))])
+    batch = torch.utils.data.default_collate([dataset[i] for i in range(min(4 if image else 8, len(dataset)))])
     content = batch["content"].to(device)
     condition = condition_of(batch, torch.zeros(len(content), dtype=torch.bool, device=device))
     noise = torch.randn(len(content), *dataset.motion_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    motion = ddim(lambda x, t: ema(x, t, content, condition), noise, diffusion, steps=25)
+    with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+        motion = ddim(lambda x, t: ema(x, t, content, condition), noise, diffusion, steps=25)
     videos = to_pixels(autoencoder.decode(content, autoencoder.denormalise(motion).clamp(-1, 1)), image)
     write_sheet(os.path.join(run_folder, "previews", f"motion-{step:06d}.png"), list(videos.cpu()), columns=1)
 
@@ -278,7 +279,8 @@ def main():
         optimizer.zero_grad()
         bad_row, skipped = (bad_row + 1) * bad, skipped + bad
         decay = min(args.ema, (1 + step) / (10 + step))  # short at first, so that the random start is soon forgotten
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1 - decay)
 
         # The rest is logging, pictures, saving.
         done, stopping = step + 1, bool(stop)

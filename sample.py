@@ -15,10 +15,13 @@ A guidance scale s means eps = s eps(c) + (1 - s) eps(nothing): the paper's w is
 import argparse
 import concurrent.futures
 import os
+import resource
+import time
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from autoencoder import load_autoencoder, to_frames, to_pixels
@@ -121,9 +124,11 @@ class Sampler:
 
     def __init__(self, args, device):
         self.args, self.device = args, device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
         self.autoencoder, self.image, self.state = load_autoencoder(args.run, device)
         self.sampler = SAMPLERS[args.sampler]
+        if args.compile:
+            self.compile_decoders()
         needs_motion = not args.reconstruct
         needs_content = needs_motion and not args.predict_motion and not args.image
         self.content = self.load("content", build_content_model) if needs_content else None
@@ -134,14 +139,23 @@ class Sampler:
         if state["fingerprint"] != self.state["fingerprint"]:
             raise InputError(f"{self.args.run}/{stage}.pt was trained on the encodings of another autoencoder than "
                              f"{self.args.run}/autoencoder.pt: train it anew in another --run")
-        model, text_encoder = build(state)
+        diffusion = Diffusion(state["args"]["schedule"], state["args"]["predict"])
+        return self.prepare(*build(state), diffusion, state["shape"])
+
+    def compile_decoders(self):
+        for module in (self.autoencoder, self.image):
+            if module:
+                module.decoder.compile(dynamic=False)
+
+    def prepare(self, model, text_encoder, diffusion, shape):
+        """A stage's parts, on the device and ready to be called."""
         model = model.requires_grad_(False).eval().to(self.device, self.dtype)
         if text_encoder:
             text_encoder.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
-        diffusion = Diffusion(state["args"]["schedule"], state["args"]["predict"]).to(self.device)
-        call = torch.compile(model, mode="reduce-overhead") if self.args.compile else model
-        return argparse.Namespace(model=model, call=call, text=text_encoder, diffusion=diffusion, shape=state["shape"],
-                                  cache={})
+        # CUDA graphs write each result over the one before, so results are copied out (by .float()) before the next call.
+        call = torch.compile(model, mode="reduce-overhead", dynamic=False) if self.args.compile else model
+        return argparse.Namespace(model=model, call=call, text=text_encoder, diffusion=diffusion.to(self.device),
+                                  shape=shape, cache={})
 
     def condition(self, stage, wishes, features):
         """(conditions, those of the branch without guidance) of a batch of wishes: labels, or prompts."""
@@ -165,8 +179,7 @@ class Sampler:
         def predict(x, t, condition):
             return stage.call(x.to(self.dtype), t, condition).float()
 
-        generators = [torch.Generator().manual_seed(2 * (args.seed * 1_000_003 + (0 if args.same_content else n)))
-                      for n in numbers]
+        generators = [torch.Generator().manual_seed(2 * (args.seed * 1_000_003 + n)) for n in numbers]
         noise = gaussian(generators, torch.empty(len(wishes), *stage.shape, device=self.device))
         bounds = None if self.image else (-1, 1)  # a mean of pixels is in their range; latents have none
         return self.sampler(guided(predict, given, nothing, args.guidance), noise, stage.diffusion, args.steps,
@@ -195,6 +208,80 @@ class Sampler:
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             frames = self.autoencoder.decode(content, motion)
         return to_pixels(frames, self.image)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs
+
+
+class Clock:
+    """Adds up the seconds of each part. Waits for the device, and so takes time itself, only where it is `on`."""
+
+    def __init__(self, on):
+        self.on, self.seconds, self.last = on, {}, time.perf_counter()
+
+    def __call__(self, part):
+        if self.on:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.seconds[part], self.last = self.seconds.get(part, 0) + now - self.last, now
+
+
+def macs(call):
+    """Multiply-accumulates of a call (nothing is computed on the meta device): (those that the paper counts, which are
+    of convolutions and linear layers; those of attention products)."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        call()
+    counts = counter.get_flop_counts()["Global"]  # two a multiply-accumulate
+    layers = sum(n for op, n in counts.items() if str(op) in ("aten.addmm", "aten.mm", "aten.convolution"))
+    return layers // 2, (sum(counts.values()) - layers) // 2
+
+
+def sampling_macs(sampler):
+    """{part: (as the paper counts, in full)} of one clip: multiply-accumulates.
+
+    The paper counts one branch of guidance, the whole autoencoder once, and no image decoder; in full are also the
+    attention products, both branches and the image decoder, but not the autoencoder's encoder, which is not run.
+    Moves the models to the meta device: they are of no use afterwards.
+    """
+    def empty(*shape, dtype=sampler.dtype):
+        return torch.empty(1, *shape, dtype=dtype, device="meta")
+
+    args, autoencoder, image = sampler.args, sampler.autoencoder.to("meta"), sampler.image
+    frame, latent = (autoencoder.channels, *autoencoder.size), (
+        len(autoencoder.motion_mean), autoencoder.frames, sum(autoencoder.grid))
+    parts = {}
+    for name, stage, steps, scale, inputs in (
+            ("content", sampler.content, args.steps, args.guidance, [empty(*frame), empty()]),
+            ("motion", sampler.motion, args.motion_steps, args.motion_guidance,
+             [empty(*latent), empty(), empty(*frame)])):
+        if stage:
+            condition = empty(dtype=torch.long)  # a label
+            if stage.text:
+                condition = empty(*([stage.text.length] if name == "content" else []), stage.text.width)
+            layers, attention = macs(lambda: stage.model.to("meta")(*inputs, condition))
+            parts[name] = steps * layers, steps * (layers + attention) * (1 if scale == 1 else 2)
+    encoder, _ = macs(lambda: autoencoder.encode(empty(frame[0], latent[1], *frame[1:], dtype=torch.float32)))
+    decoder, attention = macs(lambda: autoencoder.decode(empty(*frame).float(), empty(*latent).float()))
+    parts["autoencoder"] = encoder + decoder, decoder + attention
+    if image:
+        frames = empty(*frame).expand(latent[1], -1, -1, -1).to(image.quant_conv.weight.dtype)
+        parts["image decoder"] = 0, sum(macs(lambda: image.to("meta").decode(frames)))
+    return parts
+
+
+def profile(sampler, seconds, clips):
+    """Table 9's row for this model, as text."""
+    peak = torch.cuda.max_memory_allocated() if sampler.device.type == "cuda" else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # kilobytes
+    parts = sampling_macs(sampler)
+    paper, full = (sum(part[i] for part in parts.values()) / 1e12 for i in (0, 1))
+    times = ", ".join(f"{part} {seconds[part]:.2f}" for part in ("content", "motion", "decode"))
+    share = ", ".join(f"{name} {part[1] / 1e12:.4g}" for name, part in parts.items())
+    return (f"a clip: {paper:.4g} TFLOPs as the paper counts (multiply-accumulates of convolutions and linear layers, one "
+            f"branch, no image decoder)\n        {full:.4g} T multiply-accumulates in full: {share}\n"
+            f"{clips} clips: {sum(seconds.values()):.2f} s ({times}), peak memory {peak / 1e9:.2f} GB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,6 +319,9 @@ def flags():
     how.add_argument("--seed", type=int, default=0, help="a seed gives the same clips whatever the batch size")
     how.add_argument("--batch-size", type=int, default=24, help="clips at a time")
     how.add_argument("--compile", action="store_true", help="torch.compile the models, with CUDA graphs")
+    how.add_argument("--dtype", choices=["float32", "bfloat16"],
+                     help="of the two diffusion models (default: bfloat16 on a GPU, float32 on a CPU)")
+    how.add_argument("--profile", action="store_true", help="print the cost: table 9's row for this model")
     out = parser.add_argument_group("output")
     out.add_argument("--out", help="folder (default: a new one in the run folder)")
     out.add_argument("--fps", type=int, default=8)
@@ -243,6 +333,8 @@ def read_wishes(args, sampler, classes, count_default):
     stages = [stage for stage in (sampler.content, sampler.motion) if stage]
     with_text = any(stage.text for stage in stages)
     prompts = [args.prompt] if args.prompt is not None else None
+    if args.prompt is not None and args.prompts:
+        raise InputError("--prompt and --prompts: give one of them")
     if args.prompts:
         try:
             with open(args.prompts, encoding="utf-8") as file:
@@ -324,13 +416,15 @@ def main():
     fake = os.path.join(folder, "fake") if real is not None else folder
     for path in [fake] + [os.path.join(folder, "real")] * (real is not None):
         os.makedirs(path)
-    shown = []
+    shown, frames, clock = [], {}, Clock(args.profile)
+    most = max(1, min(24, 2**21 // (size[0] * size[1])))  # clips in the overview, which large ones would make huge
     with concurrent.futures.ThreadPoolExecutor(2) as writers:  # files are written while the next batch is drawn
         jobs = []
         bar = tqdm(total=len(wishes), desc="sample", unit="clip")
         for first in range(0, len(wishes), args.batch_size):
             batch = list(range(first, min(first + args.batch_size, len(wishes))))
             wanted = [wishes[n] for n in batch]
+            clock("rest")
             if real is not None:
                 items = [real[numbers[n]] for n in batch]
                 clips = torch.stack([item["video"] for item in items])
@@ -342,14 +436,21 @@ def main():
                     jobs.append(writers.submit(write_video, path, clip, args.fps))
             elif picture is not None:
                 content = picture.expand(len(batch), -1, -1, -1)
+            elif args.same_content:  # one for each prompt or label, drawn once
+                if new := [wish for wish in dict.fromkeys(wanted) if wish not in frames]:
+                    frames |= dict(zip(new, sampler.draw_content(new, [0] * len(new))))
+                content = torch.stack([frames[wish] for wish in wanted])
             else:
                 content = sampler.draw_content(wanted, batch)
+            clock("content")
             if not args.reconstruct:
                 motion = sampler.draw_motion(content, wanted, batch)
+            clock("motion")
             videos = sampler.decode(content, motion).cpu()
+            clock("decode")
             for n, video in zip(batch, videos):
                 jobs.append(writers.submit(write_video, os.path.join(fake, f"{n:05d}.mp4"), video, args.fps))
-            shown += list(videos[: 24 - len(shown)])
+            shown += list(videos[: most - len(shown)])
             bar.update(len(batch))
         bar.close()
         for job in jobs:
@@ -359,6 +460,8 @@ def main():
     write_sheet(os.path.join(folder, "samples.png"), shown, columns=2, captions=captions[: len(shown)])
     write_video(os.path.join(folder, "samples.gif"), tile(shown, columns=min(6, len(shown))), args.fps)
     print(f"{len(wishes)} clips in {folder}; look at {os.path.join(folder, 'samples.gif')}")
+    if args.profile:
+        print(profile(sampler, clock.seconds, len(wishes)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import pytest
 import torch
 from macs import count_macs
 
-from content_diffusion import DIT_SIZES, Diffusion, DiT, sincos_positions
+from autoencoder import Autoencoder
+from content_diffusion import DIT_SIZES, Diffusion, DiT, UNet, sincos_positions
 from data import InputError
 from motion_diffusion import MotionDiT
 from sample import ddim, dpm, gaussian, guided, timesteps
@@ -195,3 +196,16 @@ def test_the_cost_of_the_motion_model_is_the_papers():
         inputs = torch.empty(1, 8, 16, 64), torch.zeros(1), torch.empty(1, 4, 64, 64), torch.empty(1, 1024)
         assert count_macs(model, *inputs) / 1e12 == pytest.approx(0.143, rel=0.02)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(676, rel=0.02)
+
+
+@pytest.mark.parametrize("steps, tera", [(50, 46.8), (100, 92.0)])
+def test_the_cost_of_sampling_is_the_papers(steps, tera):
+    """Table 9: one clip of 16x512x1024, both models by the same number of steps, one branch, the whole autoencoder once
+    and Stable Diffusion's image decoder not at all."""
+    with torch.device("meta"):
+        t, context = torch.zeros(1), torch.empty(1, 77, 1024)
+        content = count_macs(UNet(context=1024, head_width=64), torch.empty(1, 4, 64, 128), t, context)
+        motion = count_macs(MotionDiT(columns=32 + 64, size=(64, 128), text=1024), torch.empty(1, 8, 16, 96), t,
+                            torch.empty(1, 4, 64, 128), torch.empty(1, 1024))
+        autoencoder = count_macs(Autoencoder(size=(64, 128)), torch.empty(1, 4, 16, 64, 128))
+    assert (steps * (content + motion) + autoencoder) / 1e12 == pytest.approx(tera, rel=0.02)

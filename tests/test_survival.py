@@ -30,7 +30,8 @@ from data import BatchKeys, EncodedClips, InputError, load_checkpoint, save_chec
 
 COMMON = "--batch-size 4 --save-every 2 --log-every 3 --preview-every 1000 --lr 1e-3 --decay-steps 0"
 SCRIPTS = {
-    "autoencoder": ("autoencoder.py", f"--width 16 --heads 2 --depth 1 --size 16 --frames 4 --clips 24 --shard-size 8 {COMMON}"),
+    "autoencoder": ("autoencoder.py",
+                    f"--width 16 --heads 2 --depth 1 --size 16 --frames 4 --clips 24 --shard-size 8 {COMMON}"),
     "content": ("content_diffusion.py", f"--patch 8 {COMMON}"),
     "motion": ("motion_diffusion.py", f"--patch 8 {COMMON}"),
 }
@@ -53,6 +54,7 @@ def play(script, arguments, environment, output, at, own_group):
     sys.stdout = sys.stderr = file
     os.environ.update(environment)
     sys.argv = [script, *arguments]
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of its own
     torch.set_num_threads(1)
     module = importlib.import_module(script.removesuffix(".py"))
     if at:
@@ -138,7 +140,7 @@ def wait_for(condition, seconds=60):
 
 def torchrun(arguments, stage, run, flags):
     script, common = SCRIPTS[stage]
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments.split(), os.path.join(ROOT, script),
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments.split(), "--", os.path.join(ROOT, script),
                *common.split(), "--run", str(run), *flags.split()]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=os.environ | dict(OMP_NUM_THREADS="1"))
@@ -245,8 +247,8 @@ def encodings_of(run):
 
 @pytest.fixture(scope="session")
 def stories(processes, tiny, tmp_path_factory):
-    """stories(stage) -> {name: run folder} of eight steps each: unbroken, and broken off in several ways. The last log
-    row before each break is of a part of an interval (rows are every 3 steps, checkpoints every 2)."""
+    """stories(stage) -> eight steps unbroken, and broken off in several ways. Log rows are every 3 steps, checkpoints every
+    2, so that a break leaves a row too many, or the row of a part of an interval."""
     known = {}
 
     def tell(stage):
@@ -255,7 +257,7 @@ def stories(processes, tiny, tmp_path_factory):
         folder = tmp_path_factory.mktemp(stage)
         breaks = {
             "unbroken": ("--steps 8", None), "lengthened": ("--steps 4", None),
-            "killed": ("--steps 8", (*STEP, 6, signal.SIGKILL)),  # two steps after the last checkpoint
+            "killed": ("--steps 8", (*STEP, 4, signal.SIGKILL)),  # checkpoint at 2, log row at 3
             "SIGINT": ("--steps 8", (*STEP, 5, signal.SIGINT)), "SIGTERM": ("--steps 8", (*STEP, 5, signal.SIGTERM)),
         }
         for name in breaks:
@@ -276,7 +278,7 @@ def stories(processes, tiny, tmp_path_factory):
 @each_stage
 def test_a_run_that_was_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(stories, stage):
     story = stories(stage)
-    assert story.ends["killed"][0] == -signal.SIGKILL and story.steps["killed"] == 4
+    assert story.ends["killed"][0] == -signal.SIGKILL and story.steps["killed"] == 2
     assert_same(story.folder / "unbroken", story.folder / "killed", stage)
     assert [row["step"] for row in rows_of(story.folder / "killed", stage)] == ["3", "6", "8"]
 
@@ -338,6 +340,23 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_workers_at_work(processe
     assert state_of(run, "content")["step"] >= 3
 
 
+def test_a_signal_to_one_rank_alone_stops_all_after_the_same_step_or_shard(processes, copy):
+    train, encode = copy("train", "autoencoder"), copy("encode", "autoencoder")
+    shutil.rmtree(encode / "encodings")
+    ends = processes.finish(
+        *processes.ranks(2, "content", train, "--steps 1000", at={1: (*STEP, 5, signal.SIGTERM)}),
+        *processes.ranks(2, "autoencoder", encode, "--encode", at={1: ("write_shard", 1, signal.SIGTERM)}))
+    assert [status for status, _ in ends] == [0, 0, 0, 0], ends
+    assert "stopped after step 5, saved" in ends[0][1] and state_of(train, "content")["step"] == 5
+    assert "stopped while encoding" in ends[2][1] and len(list((encode / "encodings").glob("shard-*"))) == 2
+
+
+def test_fewer_steps_than_the_checkpoint_has_leave_it_as_it_is(processes, copy, tiny):
+    run = copy("run", "autoencoder")
+    processes.succeed(processes.start("autoencoder", run, "--resume --steps 4"))
+    assert state_of(run, "autoencoder")["step"] == 6 and encodings_of(run) == encodings_of(tiny)
+
+
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(processes, copy):
     run, alone = copy("run", "autoencoder"), copy("alone", "autoencoder")
     agent = torchrun("--standalone --nproc-per-node 2 --max-restarts 2", "content", run, "--resume --steps 40")
@@ -346,9 +365,22 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(processes, copy):
     processes.succeed(processes.start("content", alone, "--steps 40"))
     output = agent.communicate(timeout=120)[0]
     assert agent.returncode == 0, output
-    begun = [line.split("steps ")[1].split(" to")[0] for line in output.splitlines() if line.startswith("content model")]
-    assert len(begun) == 2 and begun[0] == "0" and int(begun[1]) >= 2, output
+    begun = [int(line.split("steps ")[1].split(" to")[0]) for line in output.splitlines() if "parameters, " in line]
+    assert len(begun) == 2 and begun[0] == 0 and begun[1] >= 2, output
     assert_close(run, alone, "content")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_saves_and_says_so(copy, number):
+    run = copy("run", "autoencoder")
+    agent = torchrun("--standalone --nproc-per-node 2", "content", run,
+                     "--steps 1000000 --workers 1 --save-every 1000000")
+    wait_for(lambda: (run / "content.csv").exists() and rows_of(run, "content"))
+    agent.send_signal(number)
+    output = agent.communicate(timeout=60)[0]
+    assert "saved: --resume goes on" in output and "killed" not in output, output
+    assert state_of(run, "content")["step"] >= 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,7 +412,8 @@ def test_a_batch_that_cannot_be_divided_is_one_clear_line_on_every_rank(processe
     run = copy("run", "autoencoder")
     for status, output in processes.finish(*processes.ranks(2, "content", run, "--batch-size 3")):
         assert status == 1 and lines_of(output) == [
-            "content_diffusion.py: --batch-size 3 is over all ranks: make it a multiple of 2 rank(s) times --accumulate 1"]
+            "content_diffusion.py: --batch-size 3 is over all ranks: make it a multiple of 2 rank(s) times "
+            "--accumulate 1"]
 
 
 def lines_of(output):
@@ -507,23 +540,22 @@ def test_a_nan_loss_in_stage_1_is_skipped_and_too_many_stop_the_run(processes, c
     """Its clips are drawn, so the poison is a noise that is infinite, from the resumed step on."""
     run = copy("run", "autoencoder")
     [(status, output)] = processes.finish(processes.start("autoencoder", run, "--resume --steps 100 --noise inf"))
-    assert status == 1 and lines_of(output)[-1].startswith("autoencoder.py: the last 6 steps up to 12 had a NaN"), output
+    assert status == 1 and "autoencoder.py: the last 6 steps up to 12 had a NaN" in lines_of(output)[-1], output
     assert rows_of(run, "autoencoder")[-1]["step"] == "9" and rows_of(run, "autoencoder")[-1]["skipped"] == "3"
 
 
-@each_stage
+@pytest.mark.parametrize("stage", ["content", "motion"])
 def test_a_few_nan_losses_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(processes, copy, tiny, stage):
-    if stage == "autoencoder":
-        pytest.skip("the test above")
     run, new = copy("run", "autoencoder", stage), copy("new", "autoencoder")
     for folder in (run, new):
         poison(folder, range(24))
     (status, output), (other, others_output) = processes.finish(
-        processes.start(stage, run, "--resume --steps 100"), processes.start(stage, new, "--steps 100 --save-every 100"))
+        processes.start(stage, run, "--resume --steps 100"),
+        processes.start(stage, new, "--steps 100 --save-every 100"))
     name = SCRIPTS[stage][0]
     assert status == 1 and lines_of(output)[-1] == (
-        f"{name}: the last 7 steps up to 9 had a NaN or infinite loss and were skipped: lower --lr, or look at the data; "
-        f"{run}/{stage}.pt holds the last good weights")
+        f"{name}: the last 7 steps up to 9 had a NaN or infinite loss and were skipped: lower --lr, or look at the "
+        f"data; {run}/{stage}.pt holds the last good weights")
     good, now = state_of(tiny, stage), state_of(run, stage)
     assert all(torch.equal(good["model"][key], now["model"][key]) for key in good["model"])
     assert other == 1 and lines_of(others_output)[-1].endswith("nothing was saved yet")
@@ -534,7 +566,7 @@ def test_a_few_nan_losses_in_a_row_stop_the_run_and_the_last_good_checkpoint_sta
 
 
 @pytest.mark.parametrize("at", [
-    ("write_shard", 2, signal.SIGKILL), ("np", "save", 5, signal.SIGKILL), ("write_json", 3, signal.SIGKILL),
+    ("write_shard", 2, signal.SIGKILL), ("np", "save", 5, signal.SIGKILL), ("write_json", 2, signal.SIGKILL),
     ("write_shard", 2, signal.SIGINT), ("write_shard", 1, signal.SIGTERM)], ids=str)
 def test_encoding_that_was_broken_off_goes_on_and_writes_the_same_bytes(processes, copy, tiny, at):
     run = copy("run", "autoencoder")
@@ -547,7 +579,7 @@ def test_encoding_that_was_broken_off_goes_on_and_writes_the_same_bytes(processe
     with pytest.raises(InputError, match="was interrupted: go on with"):
         EncodedClips(run)
     done = sorted((run / "encodings").glob("shard-*/content.npy"))
-    assert len(done) < 3
+    assert len(done) < 3 or at[0] == "write_json"
     times = [path.stat().st_mtime_ns for path in done]
     processes.succeed(processes.start("autoencoder", run, "--encode"))
     assert times == [path.stat().st_mtime_ns for path in done]  # kept, not written again
@@ -635,7 +667,7 @@ def test_a_file_that_is_no_checkpoint_or_of_another_stage_says_so(copy, tmp_path
     whole = read(run / "motion.pt", "rb")
     for damage in (whole[: len(whole) // 2], b"", b"text", whole[len(whole) // 2 :]):
         (run / "motion.pt").write_bytes(damage)
-        with pytest.raises(InputError, match="motion.pt (is damaged or no checkpoint|holds more than tensors)") as caught:
+        with pytest.raises(InputError, match="motion.pt (is damaged or no|holds more than tensors)") as caught:
             state_of(run, "motion")
         assert "\n" not in str(caught.value)
     torch.save(dict(weights=torch.zeros(3)), run / "motion.pt")
@@ -669,8 +701,8 @@ def test_a_checkpoint_that_does_not_fit_is_a_clear_error_and_the_earlier_one_sta
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # of one file; stands for the disk's size
     try:
-        with pytest.raises(InputError, match="cannot save .*content.pt .* free on its disk.: the earlier checkpoint is whole; "
-                                             "free some space and go on with --resume"):
+        with pytest.raises(InputError, match="cannot save .*content.pt .* free on its disk.: the earlier checkpoint is "
+                                             "whole; free some space and go on with --resume"):
             save_checkpoint(path, state | dict(weights=torch.zeros(1_000_000)))
         with pytest.raises(InputError, match="nothing was saved"):
             save_checkpoint(str(tmp_path / "motion.pt"), dict(weights=torch.zeros(1_000_000)))

@@ -1,0 +1,112 @@
+"""Draws the README's pictures from a trained shapes run: python assets/draw.py runs/shapes runs/shapes/samples
+
+idea.png (a real clip, its content frame, motion latent and reconstruction), losses.png, and a copy of samples.gif.
+"""
+
+import csv
+import os
+import shutil
+import sys
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from autoencoder import load_autoencoder  # noqa: E402
+from data import MovingShapes, to_uint8  # noqa: E402
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+INK, GREY, BLUE = (40, 40, 48), (130, 130, 140), (46, 98, 190)
+FONT = ImageFont.load_default(17)
+SMALL = ImageFont.load_default(14)
+
+
+def paste(canvas, pixels, x, y, width, height):
+    canvas.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (x, y))
+
+
+def heat(values):
+    """(rows, columns) in [-1, 1] -> RGB: blue below 0, white at 0, red above."""
+    v = np.clip(values, -1, 1)[..., None]
+    red, blue = np.array([205, 60, 50]), np.array([45, 95, 190])
+    return (255 + np.where(v > 0, v * (red - 255), -v * (blue - 255))).astype(np.uint8)
+
+
+def arrow(draw, points, text=None, at=None):
+    draw.line(points, fill=GREY, width=3)
+    (x0, y0), (x1, y1) = points[-2:]
+    dx, dy = np.sign(x1 - x0), np.sign(y1 - y0)
+    draw.polygon([(x1, y1), (x1 - 10 * dx - 6 * dy, y1 - 10 * dy - 6 * dx),
+                  (x1 - 10 * dx + 6 * dy, y1 - 10 * dy + 6 * dx)], fill=GREY)
+    if text:
+        draw.text(at, text, fill=INK, font=SMALL, anchor="mm")
+
+
+@torch.no_grad()
+def idea(run, clip=5):
+    model, _, state = load_autoencoder(run, torch.device("cpu"))
+    item = MovingShapes(model.frames, model.size, split="test")[clip]
+    content, motion = model.encode(item["video"][None])
+    again = model.decode(content, motion)[0]
+    canvas = Image.new("RGB", (1180, 470), "white")
+    draw = ImageDraw.Draw(canvas)
+    pick = np.linspace(0, model.frames - 1, 5).round().astype(int)
+
+    draw.text((20, 14), f'a clip, 16 frames: "{item["caption"]}"', fill=INK, font=FONT)
+    for column, frames in ((20, to_uint8(item["video"])), (760, to_uint8(again))):
+        for i, frame in enumerate(pick):
+            paste(canvas, frames[frame], column + (i % 3) * 134, 46 + (i // 3) * 134, 128, 128)
+    draw.text((760, 14), "the clip again", fill=INK, font=FONT)
+
+    draw.text((500, 14), "one content frame", fill=INK, font=FONT)
+    paste(canvas, to_uint8(content[0][:, None])[0], 500, 46, 160, 160)
+    rows, columns = motion[0].split(model.grid, 2)  # (D, L, H'), (D, L, W')
+    draw.text((500, 232), "and a small motion latent", fill=INK, font=FONT)
+    for i in range(4):
+        paste(canvas, heat(rows[i].numpy().T), 500 + i * 52, 264, 48, 24)
+        paste(canvas, heat(columns[i].numpy().T), 500 + i * 52, 294, 48, 24)
+    draw.text((500, 324), "z_x: rows by time, z_y: columns by", fill=GREY, font=SMALL)
+    draw.text((500, 342), "time (4 of 8 channels)", fill=GREY, font=SMALL)
+    arrow(draw, [(430, 190), (490, 190)], "encode", (458, 172))
+    arrow(draw, [(690, 190), (750, 190)], "decode", (718, 172))
+
+    y = 400
+    draw.line([(20, y - 16), (1160, y - 16)], fill=(215, 215, 222), width=2)
+    for x, text in ((20, "To generate:   noise"), (300, "content frame"), (560, "motion latent"), (860, "clip")):
+        draw.text((x, y + 16), text, fill=INK, font=FONT, anchor="lm")
+    for x0, x1, text in ((190, 290, "stage 2"), (420, 550, "stage 3"), (680, 850, "stage 1's decoder")):
+        arrow(draw, [(x0, y + 16), (x1, y + 16)], text, ((x0 + x1) // 2, y - 2))
+    draw.text((300, y + 44), "an image diffusion model", fill=GREY, font=SMALL, anchor="lm")
+    draw.text((560, y + 44), "a light transformer, which sees the content frame", fill=GREY, font=SMALL, anchor="lm")
+    canvas.save(os.path.join(HERE, "idea.png"), optimize=True)
+
+
+def losses(run):
+    """The three loss curves, on logarithmic axes, from the logs."""
+    canvas = Image.new("RGB", (1180, 280), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, (stage, title) in enumerate((("autoencoder", "autoencoder: MSE"), ("content", "content: MSE of v"),
+                                        ("motion", "motion: MSE of v"))):
+        with open(os.path.join(run, f"{stage}.csv")) as file:
+            points = np.array([(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row["loss"]])
+        left, top, width, height = 60 + k * 390, 44, 310, 190
+        low, high = np.log10(points[:, 1].min() * 0.9), np.log10(points[:, 1].max() * 1.1)
+        x = left + points[:, 0] / points[-1, 0] * width
+        y = top + (high - np.log10(points[:, 1])) / (high - low) * height
+        draw.text((left, 14), title, fill=INK, font=FONT)
+        draw.rectangle([left, top, left + width, top + height], outline=(215, 215, 222))
+        for value in (points[:, 1].max(), points[:, 1].min()):
+            place = top + (high - np.log10(value)) / (high - low) * height
+            draw.text((left - 6, place), f"{value:.2g}", fill=GREY, font=SMALL, anchor="rm")
+        draw.text((left + width, top + height + 14), f"{points[-1, 0]:.0f} steps", fill=GREY, font=SMALL, anchor="rm")
+        draw.line(list(zip(x, y)), fill=BLUE, width=3)
+    canvas.save(os.path.join(HERE, "losses.png"), optimize=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("draw.py: name a shapes run and the folder that sample.py wrote from it")
+    idea(sys.argv[1])
+    losses(sys.argv[1])
+    shutil.copy(os.path.join(sys.argv[2], "samples.gif"), os.path.join(HERE, "samples.gif"))
