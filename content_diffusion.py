@@ -473,7 +473,7 @@ class TextEncoder(nn.Module):
     def encode(self, captions):
         """A list of B captions ('' is the empty prompt) -> hidden states (B, 77, width) on the encoder's device."""
         tokens = tokenize(captions, self.pad, self.length)
-        return self(tokens.to(self.final_layer_norm.weight.device))
+        return self(tokens.to(self.final_layer_norm.weight.device, non_blocking=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -802,10 +802,10 @@ def main():
     def condition_of(batch, dropped):
         """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""
         if text_encoder is None:
-            return torch.where(dropped, model.classes, batch["label"].to(device))
-        captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped.tolist())]
-        with torch.no_grad():
-            return text_encoder.encode(captions).float()
+            return torch.where(dropped, model.classes, batch["label"].to(device, non_blocking=True))
+        with torch.no_grad():  # `dropped` stays on the device: reading it would make every step wait
+            hidden = text_encoder.encode([*batch["caption"], ""]).float()
+        return torch.where(dropped[:, None, None], hidden[-1], hidden[:-1])
 
     def save(step):
         save_checkpoint(path, dict(

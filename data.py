@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 import zlib
 from fractions import Fraction
@@ -1111,9 +1112,25 @@ def start(seed):
             libc.mallopt(option, 1 << 30)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        torch.distributed.init_process_group(backend, store=fresh_store(rank, world), rank=rank, world_size=world,
+                                             timeout=datetime.timedelta(minutes=30))
     torch.manual_seed(seed)
     return rank, world, device
+
+
+def fresh_store(rank, world):
+    """Where the ranks find each other's addresses. torchrun may keep its store when it restarts them (in PyTorch 2.15):
+    a rank that is quicker than another would then take the address of that one's dead predecessor and wait for ever. So
+    each makes itself a new name, and they use a part of the store that is called by the names of all, once all agree.
+    """
+    store = next(torch.distributed.rendezvous("env://"))[0]
+    store.set(f"name of {rank}", os.urandom(16).hex())
+    while True:
+        names = b" ".join(store.get(f"name of {other}") for other in range(world))  # waits for who is not there yet
+        store.set(f"names seen by {rank}", names)
+        if all(store.get(f"names seen by {other}") == names for other in range(world)):
+            return torch.distributed.PrefixStore(hashlib.sha256(names).hexdigest(), store)
+        time.sleep(0.05)
 
 
 class StopSignal:

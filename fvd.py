@@ -682,7 +682,7 @@ def clipsim(videos, args, device):
 # The command line
 
 
-def parse(argv=None):
+def flags():
     parser = data.Flags("FVD of FAKE against REAL, PSNR and SSIM of pairs, or CLIPSIM of FAKE.")
     parser.add_argument("real", metavar="REAL", help="folder of videos (any depth) or of folders of frames; a .npz of "
                         "stored statistics; or the word shapes, the embedded test set")
@@ -711,7 +711,7 @@ def parse(argv=None):
     add("--batch-size", type=positive, default=4, help="videos at once on each rank")
     add("--workers", type=positive, default=4, help="threads that read videos on each rank")
     add("--device", help="cpu or cuda:1 (none: a GPU where there is one)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def positive(text):
@@ -727,7 +727,7 @@ def pixels(text):
 
 
 def main(argv=None):
-    args = parse(argv)
+    args = flags().parse_args(argv)
     _, _, device = data.start(args.seed)
     torch.backends.cudnn.deterministic = True  # the figure must depend neither on the run
     torch.backends.cudnn.allow_tf32 = False  # nor, by TF32, on the machine

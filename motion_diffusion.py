@@ -229,9 +229,9 @@ def main():
     def condition_of(batch, dropped):
         """Labels (B,) or text features (B, width), with 'nothing' where dropped (B,) is true."""
         if text_encoder is None:
-            return torch.where(dropped, model.classes, batch["label"].to(device))
-        return text_features(text_encoder, ["" if drop else caption for caption, drop in
-                                            zip(batch["caption"], dropped.tolist())])
+            return torch.where(dropped, model.classes, batch["label"].to(device, non_blocking=True))
+        features = text_features(text_encoder, [*batch["caption"], ""])
+        return torch.where(dropped[:, None], features[-1], features[:-1])
 
     def save(step):
         save_checkpoint(path, dict(

@@ -16,7 +16,7 @@ import argparse
 import concurrent.futures
 import os
 import resource
-import time
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ class Sampler:
         model = model.requires_grad_(False).eval().to(self.device, self.dtype)
         if text_encoder:
             text_encoder.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
-        # CUDA graphs write each result over the one before, so results are copied out (by .float()) before the next call.
+        # CUDA graphs write each result over the one before: .float() copies it out before the next call.
         call = torch.compile(model, mode="reduce-overhead", dynamic=False) if self.args.compile else model
         return argparse.Namespace(model=model, call=call, text=text_encoder, diffusion=diffusion.to(self.device),
                                   shape=shape, cache={})
@@ -218,13 +218,13 @@ class Clock:
     """Adds up the seconds of each part. Waits for the device, and so takes time itself, only where it is `on`."""
 
     def __init__(self, on):
-        self.on, self.seconds, self.last = on, {}, time.perf_counter()
+        self.on, self.seconds, self.last = on, {}, perf_counter()
 
     def __call__(self, part):
         if self.on:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            now = time.perf_counter()
+            now = perf_counter()
             self.seconds[part], self.last = self.seconds.get(part, 0) + now - self.last, now
 
 
@@ -279,8 +279,8 @@ def profile(sampler, seconds, clips):
     paper, full = (sum(part[i] for part in parts.values()) / 1e12 for i in (0, 1))
     times = ", ".join(f"{part} {seconds[part]:.2f}" for part in ("content", "motion", "decode"))
     share = ", ".join(f"{name} {part[1] / 1e12:.4g}" for name, part in parts.items())
-    return (f"a clip: {paper:.4g} TFLOPs as the paper counts (multiply-accumulates of convolutions and linear layers, one "
-            f"branch, no image decoder)\n        {full:.4g} T multiply-accumulates in full: {share}\n"
+    return (f"a clip: {paper:.4g} TFLOPs as the paper counts (multiply-accumulates of convolutions and linear layers, "
+            f"one branch, no image decoder)\n        {full:.4g} T multiply-accumulates in full: {share}\n"
             f"{clips} clips: {sum(seconds.values()):.2f} s ({times}), peak memory {peak / 1e9:.2f} GB")
 
 
@@ -417,7 +417,7 @@ def main():
     for path in [fake] + [os.path.join(folder, "real")] * (real is not None):
         os.makedirs(path)
     shown, frames, clock = [], {}, Clock(args.profile)
-    most = max(1, min(24, 2**21 // (size[0] * size[1])))  # clips in the overview, which large ones would make huge
+    most = max(1, min(24, 2**21 // (size[0] * size[1])))  # clips in the overview: large ones would make it huge
     with concurrent.futures.ThreadPoolExecutor(2) as writers:  # files are written while the next batch is drawn
         jobs = []
         bar = tqdm(total=len(wishes), desc="sample", unit="clip")

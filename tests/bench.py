@@ -1,30 +1,30 @@
 """Measures this machine: each training stage, sampling, the loader; and plans the paper's WebVid-10M run from that.
 
     python tests/bench.py                                # the shapes preset on the CPU, minutes
-    python tests/bench.py --preset ucf101 --against      # beside a plain version of the same steps: ratios
-    python tests/bench.py --device cuda                  # a GPU's whole report at published sizes, about ten minutes
+    python tests/bench.py --preset ucf101 --against      # in turns with a plain version of the same steps: ratios
+    python tests/bench.py --device cuda                  # a GPU's whole report at published sizes; --only takes parts
     python tests/bench.py --plan --rate 660 --mfu 0.45   # the plan for a GPU that is not here
 
-Weights are random and data made up: speed depends on neither. Versions of a step take turns, each turn one call to warm
-up and then timed ones, and a figure is the median, so that noise falls on all alike. MFU is the share of the machine's
-own rate for large matrix products, measured at the same time: 2 x 3 x multiply-accumulates of the forward pass (attention
-products with them) over seconds and rate; sampling and encoding without the 3.
+Weights are random and data made up: speed depends on neither. Versions of a step take turns, each turn a call to warm
+up and then timed ones, and figures are medians, so that noise falls on all alike. MFU is the share of the machine's own
+best rate in large matrix products, measured at the same time: 2 x multiply-accumulates of the forward pass (attention
+products with them), x 3 in training, over seconds and that rate. Memory: on a GPU tensors, on a CPU the whole process.
 
-`plain` is what one writes first: float32, attention by its formula on rearranged copies, guidance by two calls, Adam and
-the weights' average by loops over tensors, the loss read at every step, glibc's own memory policy, files written one after
-the other, videos decoded from their start. It has the same weights and gives the same results (test_speed.py).
+`plain` is what one writes first: float32, attention by its formula on rearranged copies, guidance by two calls, Adam
+and the average of weights by loops over tensors, the loss read at every step, glibc's own memory policy, files written
+one by one, videos decoded from their start. It has the same weights and gives the same results (test_speed.py).
 """
 
 import argparse
 import concurrent.futures
 import contextlib
 import ctypes
+import functools
 import os
 import resource
 import statistics
 import sys
 import tempfile
-import time
 import unittest.mock
 
 import av
@@ -61,11 +61,6 @@ def keep_memory(keep):
         libc.malloc_trim(0)
 
 
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def reset_peak(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -84,11 +79,11 @@ def peak_memory(device):
 
 
 def seconds_of(call):
-    synchronize()
-    begin = time.perf_counter()
+    clock = sample.Clock(True)  # waits for the device
+    clock("before")
     call()
-    synchronize()
-    return time.perf_counter() - begin
+    clock("call")
+    return clock.seconds["call"]
 
 
 def take_turns(versions, rounds, device):
@@ -109,11 +104,10 @@ def take_turns(versions, rounds, device):
 
 
 def matrix_rate(device):
-    """Operations a second (two a multiply-accumulate) of a large matrix product: float32 on a CPU, bfloat16 on a GPU."""
+    """Operations a second (two a multiply-accumulate) of large matrix products: float32 on a CPU, bfloat16 on a GPU."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    seconds_of(lambda: a @ b)
-    return 2 * n**3 / statistics.median(seconds_of(lambda: a @ b) for _ in range(9))
+    return 2 * n**3 / min(seconds_of(lambda: a @ b) for _ in range(20))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +123,8 @@ def plain_divided(self, x):  # autoencoder.Attention
     one, other = ("b l n c -> (b n) l c", "(b n) l c -> b l n c") if self.over == "time" else (
         "b l n c -> (b l) n c", "(b l) n c -> b l n c")
     x = rearrange(x, one)
-    q, k, v = (rearrange(layer(x), "b n (h d) -> b h n d", h=self.heads) for layer in (self.query, self.key, self.value))
+    q, k, v = (rearrange(layer(x), "b n (h d) -> b h n d", h=self.heads)
+               for layer in (self.query, self.key, self.value))
     return rearrange(self.out(rearrange(formula(q, k, v), "b h n d -> b n (h d)")), other,
                      **(dict(b=B) if self.over == "time" else dict(l=L)))
 
@@ -209,7 +204,7 @@ def make_model(stage, preset, size=None):
             p["channels"], frame, own["patch"], classes=CLASSES[preset], **DIT_SIZES[own["model"]])
     own = motion_diffusion.PRESETS[preset]
     return MotionDiT(p["motion_channels"], p["frames"], sum(frame) // p["patch"], p["channels"], frame, own["patch"],
-                     own["content_patch"], classes=CLASSES.get(preset, 1), text=1024 if text else None,
+                     own["content_patch"], classes=CLASSES.get(preset, 1), text=TEXT["webvid_sd21"]["width"] if text else None,
                      **DIT_SIZES[own["model"]])
 
 
@@ -270,45 +265,34 @@ def training_step(stage, model, call, inputs, ours):
         return diffusion.loss(lambda x, t: call(x, t, *rest), x, t, torch.randn_like(x))
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, ours and device.type == "cuda"):
             loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if averages:
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, 0.001)
-
-    def plain_step():
-        loss = loss_of()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
         with torch.no_grad():
-            for average, weight in zip(averages, weights):
+            if averages and ours:
+                torch._foreach_lerp_(averages, weights, 0.001)
+            for average, weight in zip(averages, () if ours else weights):
                 average.mul_(0.999).add_(weight, alpha=0.001)
-        return loss.item()
-
-    return step if ours else plain_step
-
-
-def encoding_step(model, image, inputs, pixels, ours):
-    """One batch of the data set's encoding, as autoencoder.encode_dataset does it."""
-    device = inputs[0].device
-
-    @torch.no_grad()
-    def step():
-        frames = autoencoder.to_frames(pixels, image) if image else inputs[0]
-        with torch.autocast(device.type, torch.bfloat16, ours and device.type == "cuda"):
-            content, motion = model.encode(frames)
-        return content.half().cpu(), motion.half().cpu()
+        return None if ours else loss.item()
 
     return step
 
 
-def bench_training(args, stage, preset, batch, size=None, compiled=(False,)):
+def encoding_step(model, image, inputs, pixels):
+    """A function of nothing: one batch of the data set's encoding, as autoencoder.encode_dataset does it."""
+    @torch.no_grad()
+    def step():
+        frames = autoencoder.to_frames(pixels, image) if image else inputs[0]
+        with torch.autocast(frames.device.type, torch.bfloat16, frames.device.type == "cuda"):
+            return [part.half().cpu() for part in model.encode(frames)]
+
+    return step
+
+
+def bench_training(args, stage, preset, batch, size=None):
     """Prints a row for each version of a stage's step, and returns the MFU of the quickest of ours."""
     device = args.device
     with torch.device("meta"):
@@ -324,23 +308,24 @@ def bench_training(args, stage, preset, batch, size=None, compiled=(False,)):
             image = image_autoencoder(device, half=device.type == "cuda")
             pixels = torch.rand(batch, 3, model.frames, *pixels_of(preset, size)) * 2 - 1
 
-    def make(call, ours):
-        if stage == "encoding":
-            return lambda: encoding_step(model, image, inputs, pixels, ours)
-        return lambda: training_step(stage, model, call, inputs, ours)
-
-    versions = {}
-    for each in compiled:
-        versions["compiled" if each else "ours"] = make(torch.compile(model) if each else model, True)
-    if args.against:
-        versions["plain"] = make(model, False)
+    if stage == "encoding":
+        versions = dict(ours=lambda: encoding_step(model, image, inputs, pixels))
+    else:
+        calls = dict(ours=model) | (dict(compiled=torch.compile(model)) if args.compile else {}) | (
+            dict(plain=model) if args.against else {})
+        versions = {name: functools.partial(training_step, stage, model, call, inputs, name != "plain")
+                    for name, call in calls.items()}
     paper, full = forward_macs(stage, preset, size)
     passes, best = 1 if stage == "encoding" else 3, 0
-    results = take_turns(versions, args.rounds, device)
+    try:
+        results = take_turns(versions, args.rounds, device)
+    except torch.OutOfMemoryError:
+        print(f"{stage:<14} left out: out of memory at batch {batch}")
+        return None
     for name, (seconds, peak) in results.items():
         mfu = passes * 2 * full * batch / seconds / args.machine_rate
         best = max(best, mfu) if name != "plain" else best
-        ratio = f"{seconds / results['plain'][0]:7.2f}" if args.against else ""
+        ratio = f"{seconds / results['plain'][0]:8.2f}" if "plain" in results else ""
         print(f"{stage:<14} {name:<9} {batch:>5} {seconds:>9.4f} {batch / seconds:>9.2f} {peak / 1e9:>8.2f} "
               f"{paper / 1e12:>8.4f} {full / 1e12:>8.4f} {mfu:>6.1%}{ratio}", flush=True)
     return best
@@ -436,7 +421,7 @@ def bench_sampling(args, preset, clips, versions, size=None, **flags):
         ratio = f"{totals[version] / statistics.median(sum(t.values()) for t, _ in results['plain']):7.2f}" * (
             "plain" in results)
         print(f"{version:<9} {clips:>5}{times}{totals[version]:>9.3f}{mfu}{memory}{ratio}", flush=True)
-    return {name: part[0] for name, part in macs.items()}
+    return sum(part[0] for part in macs.values())
 
 
 SAMPLING_COLUMNS = (f"{'sampling':<9} {'clips':>5}{'content':>9}{'motion':>9}{'decode':>9}{'images':>9}{'files':>9}"
@@ -448,7 +433,7 @@ SAMPLING_COLUMNS = (f"{'sampling':<9} {'clips':>5}{'content':>9}{'motion':>9}{'d
 
 
 def bench_loader(args, preset):
-    """Clips a second in one process, and frames decoded for each frame used; beside decoding each file from its start."""
+    """Clips a second in one process, frames decoded for each frame used, and decoding each file from its start."""
     p = autoencoder.PRESETS[preset]
     size, frames = pixels_of(preset, None), p["frames"]
     if preset == "shapes" and not args.data:
@@ -488,8 +473,8 @@ def bench_loader(args, preset):
 
 
 def make_videos(folder, preset):
-    """Files as the data sets have them: UCF-101's (320x240, 25 a second, 7 s, MPEG-4) or WebVid's (596x336, 30 a second,
-    18 s, H.264), with their encoders' usual distance of key frames."""
+    """Files such as UCF-101's (320x240, 25 a second, 7 s, MPEG-4) or WebVid's (596x336, 30 a second, 18 s, H.264), with
+    the encoders' default distance between key frames."""
     (width, height, rate, length, codec, name, gop) = (
         (320, 240, 25, 186, "mpeg4", "avi", 12) if preset == "ucf101" else (596, 336, 30, 540, "libx264", "mp4", 250))
     noise = np.random.default_rng(0).integers(0, 256, (height // 8 + 9, width // 8 + 80, 3), np.uint8)
@@ -528,15 +513,15 @@ def plan(rate, mfu):
     rows.append(("all", sum(row[1] for row in rows), clips * stored, None))
     twice = 2 * epochs * clips * one["encoding"]
     rows.append(("all, encodings not stored", rows[-1][1] - clips * one["encoding"] + twice, 0, None))
-    print(f"\nplan: WebVid-10M at 16x512x1024, {clips / 1e6:.1f} M clips, stage 1 {stage_1 / 1e6:.0f} M clips, stages 2 and "
-          f"3 {epochs} epochs, at {rate / 1e12:.0f} TFLOPS and MFU " + ", ".join(f"{s} {mfu[s]:.0%}" for s in STAGES))
+    reached = ", ".join(f"{stage} {mfu[stage]:.0%}" for stage in STAGES)
+    print(f"\nplan: WebVid-10M at 16x512x1024, {clips / 1e6:.1f} M clips, stage 1 {stage_1 / 1e6:.0f} M clips, "
+          f"stages 2 and 3 {epochs} epochs, at {rate / 1e12:.0f} TFLOPS and MFU {reached}")
     print(f"{'':<26}{'GPU hours':>10}{'on 8, h':>10}{'on 64, h':>10}{'bytes':>10}{'paper, A100 hours':>19}")
     for name, seconds, size_, paper in rows:
         hours = seconds / 3600
         print(f"{name:<26}{hours:>10,.0f}{hours / 8:>10,.0f}{hours / 64:>10,.0f}"
               f"{'' if size_ is None else f'{size_ / 1e12:.2f} TB':>10}{'' if paper is None else f'{paper:,.0f}':>19}")
-    print("paper: stage 1 about a week on 8 A100; stages 2 and 3 from its seconds a step at batch 1, 16x512x512, half the "
-          "size")
+    print("paper: stage 1 about a week on 8 A100; stages 2 and 3 from its seconds a step at batch 1, half this width")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,7 +537,7 @@ def main():
     parser.add_argument("--batch-size", type=int, help="clips a training step (default: 8 for shapes, else 1)")
     parser.add_argument("--clips", type=int, nargs="+", help="clips drawn at once (default: 1 and 24, for sd 1 and 4)")
     parser.add_argument("--size", type=int, nargs="+", help="pixels, in place of the preset's")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each version")
+    parser.add_argument("--rounds", type=int, help="turns of each version (default: 3; 1 in a GPU's report)")
     parser.add_argument("--data", help="folder of videos for the loader (default: made up)")
     parser.add_argument("--plan", action="store_true", help="print the plan alone, from --rate and --mfu")
     parser.add_argument("--rate", type=float, help="TFLOPS of one GPU, for --plan")
@@ -566,26 +551,22 @@ def main():
         torch.set_float32_matmul_precision("high")
     args.machine_rate = matrix_rate(args.device)
     name = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}: {args.machine_rate / 1e12:.3g} TFLOPS in matrix "
-          f"products; preset {args.preset}")
+    print(f"{name}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}: {args.machine_rate / 1e12:.3g} TFLOPS in "
+          f"matrix products; preset {args.preset}")
     wanted = args.only or [*STAGES, "sampling", "loader"]
-    compiled = (False, True) if args.compile or report else (False,)
+    args.compile, args.rounds = args.compile or report, args.rounds or (1 if report else 3)
 
     # Training at 16x512x512 on a GPU, as in the paper's cost table; sampling at the preset's size.
     size = args.size or ([512, 512] if report else None)
-    print(f"{'step':<14} {'version':<9} {'batch':>5} {'seconds':>9} {'clips/s':>9} {'GB':>8} {'T paper':>8} {'T full':>8} "
-          f"{'MFU':>6}{'   ratio' if args.against else ''}")
+    print(f"{'step':<14} {'version':<9} {'batch':>5} {'seconds':>9} {'clips/s':>9} {'GB':>8} {'T paper':>8} "
+          f"{'T full':>8} {'MFU':>6}{'   ratio' if args.against else ''}")
     mfu = {}
-    for stage in STAGES:
-        for batch in ([args.batch_size] if args.batch_size else [1, 8] if report else
-                      [8 if args.preset == "shapes" else 1]):
-            if stage in wanted:
-                best = bench_training(args, stage, args.preset, batch, size,
-                                      (False,) if stage == "encoding" else compiled)
-                mfu[stage] = max(best or 0, mfu.get(stage, 0)) or None
+    for stage in (stage for stage in STAGES if stage in wanted):
+        batches = [args.batch_size or (8 if args.preset == "shapes" else 1)] + [8] * (report and stage == "content")
+        mfu[stage] = max(bench_training(args, stage, args.preset, batch, size) or 0 for batch in batches)
     if "sampling" in wanted:
         print("\n" + SAMPLING_COLUMNS + ("  ratio" if args.against else ""))
-        versions = ["ours"] + ["compiled"] * compiled[-1] + ["bfloat16"] * (args.device.type == "cpu") + [
+        versions = ["ours"] + ["compiled"] * args.compile + ["bfloat16"] * (args.device.type == "cpu") + [
             "plain"] * args.against
         fifty = dict(steps=50, motion_steps=50) if args.preset in UNETS else {}
         for clips in args.clips or ([1, 4] if fifty else [1, 24]):
@@ -593,7 +574,7 @@ def main():
         if fifty:
             print("as the paper times it, without guidance:")
             macs = bench_sampling(args, args.preset, 1, versions, args.size, guidance=1, motion_guidance=1, **fifty)
-            print(f"by its count {sum(macs.values()) / 1e12:.1f} TFLOPs")
+            print(f"by its count {macs / 1e12:.1f} TFLOPs")
     if "loader" in wanted:
         print()
         bench_loader(args, args.preset)

@@ -145,6 +145,15 @@ def test_image_autoencoder_takes_chunks_one_after_another():
     assert seen == [2, 2, 1]
 
 
+def test_no_part_holds_a_whole_attention_matrix():
+    """8192 places squared, at 512x1024: only the fused kernels may serve, and they are picky about strides."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    image, unet, text = ImageAutoencoder(channels=32), UNet(**UNETS["1.5"]), TextEncoder(64, 1, 1)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it cannot
+        image.decode(image.encode(torch.randn(1, 3, 16, 16)))
+        image.to(memory_format=torch.channels_last).encode(torch.randn(1, 3, 16, 16))
+        unet(torch.randn(1, 4, 8, 8), torch.tensor([3]), text.encode(["a cat"]))
+
 
 CAPTIONS = ["a red circle moving left", "", "Two DOGS, playing; in the snow!"]
 

@@ -146,6 +146,15 @@ def torchrun(arguments, stage, run, flags):
                             env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
+def outputs_of(*agents):
+    try:
+        return [agent.communicate(timeout=120)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            for pid in [agent.pid, *children(agent.pid)] if agent.poll() is None else ():
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
     os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
@@ -247,8 +256,8 @@ def encodings_of(run):
 
 @pytest.fixture(scope="session")
 def stories(processes, tiny, tmp_path_factory):
-    """stories(stage) -> eight steps unbroken, and broken off in several ways. Log rows are every 3 steps, checkpoints every
-    2, so that a break leaves a row too many, or the row of a part of an interval."""
+    """stories(stage) -> eight steps unbroken, and broken off in several ways. Log rows are every 3 steps, checkpoints
+    every 2, so that a break leaves a row too many, or the row of a part of an interval."""
     known = {}
 
     def tell(stage):
@@ -257,7 +266,7 @@ def stories(processes, tiny, tmp_path_factory):
         folder = tmp_path_factory.mktemp(stage)
         breaks = {
             "unbroken": ("--steps 8", None), "lengthened": ("--steps 4", None),
-            "killed": ("--steps 8", (*STEP, 4, signal.SIGKILL)),  # checkpoint at 2, log row at 3
+            "killed": ("--steps 8", (*STEP, 4, signal.SIGKILL)),  # checkpoint 2, log row 3
             "SIGINT": ("--steps 8", (*STEP, 5, signal.SIGINT)), "SIGTERM": ("--steps 8", (*STEP, 5, signal.SIGTERM)),
         }
         for name in breaks:
@@ -357,13 +366,36 @@ def test_fewer_steps_than_the_checkpoint_has_leave_it_as_it_is(processes, copy, 
     assert state_of(run, "autoencoder")["step"] == 6 and encodings_of(run) == encodings_of(tiny)
 
 
+def test_ranks_that_are_started_again_do_not_take_the_dead_for_the_living(processes, copy):
+    """torchrun's store outlives the ranks: here with what two that trained and one that was killed have left in it."""
+    run, store = copy("run", "autoencoder"), torch.distributed.TCPStore("localhost", 0, is_master=True)
+
+    def rank(number, steps):
+        return processes.start(
+            "content", run, f"--resume --steps {steps}", RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="localhost",
+            MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+
+    processes.succeed(rank(0, 2), rank(1, 2))
+    for first in (0, 1):
+        early = rank(first, 4)
+        time.sleep(1)
+        assert early.is_alive()
+        early.kill()
+    for first in (0, 1):
+        early = rank(first, 4 + 2 * first)
+        time.sleep(1)
+        processes.succeed(early, rank(1 - first, 4 + 2 * first))
+    assert state_of(run, "content")["step"] == 6
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(processes, copy):
     run, alone = copy("run", "autoencoder"), copy("alone", "autoencoder")
     agent = torchrun("--standalone --nproc-per-node 2 --max-restarts 2", "content", run, "--resume --steps 40")
     wait_for((run / "content.pt").exists)
     os.kill(children(agent.pid)[-1], signal.SIGKILL)
     processes.succeed(processes.start("content", alone, "--steps 40"))
-    output = agent.communicate(timeout=120)[0]
+    output = outputs_of(agent)[0]
     assert agent.returncode == 0, output
     begun = [int(line.split("steps ")[1].split(" to")[0]) for line in output.splitlines() if "parameters, " in line]
     assert len(begun) == 2 and begun[0] == 0 and begun[1] >= 2, output
@@ -378,7 +410,7 @@ def test_a_signal_to_torchrun_saves_and_says_so(copy, number):
                      "--steps 1000000 --workers 1 --save-every 1000000")
     wait_for(lambda: (run / "content.csv").exists() and rows_of(run, "content"))
     agent.send_signal(number)
-    output = agent.communicate(timeout=60)[0]
+    output = outputs_of(agent)[0]
     assert "saved: --resume goes on" in output and "killed" not in output, output
     assert state_of(run, "content")["step"] >= 3
 
@@ -444,12 +476,13 @@ def test_when_a_worker_or_a_rank_is_killed_every_rank_ends_with_one_clear_line(p
         assert other == 1 and "is killed by signal" in lines_of(others_output)[-1], others_output
 
 
+@pytest.mark.slow
 def test_two_nodes_train_together(processes, copy):
     run, alone = copy("run", "autoencoder"), copy("alone", "autoencoder")
     place = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()} --rdzv-id 1"
     agents = [torchrun(place, "content", run, "--steps 6") for _ in range(2)]
     processes.succeed(processes.start("content", alone, "--steps 6"))
-    outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+    outputs = outputs_of(*agents)
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert_close(run, alone, "content")
 
