@@ -103,7 +103,7 @@ class MovingShapes(torch.utils.data.Dataset):
         # The background: two colours blended along a random direction.
         angle = rng.uniform(0, 2 * np.pi)
         ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle) + 0.5
-        first, second = rng.uniform(0.3, 0.7, (2, 3))
+        first, second = rng.uniform(0.35, 0.65, (2, 1)) + rng.uniform(-0.12, 0.12, (2, 3))
         background = first + np.clip(ramp, 0, 1)[..., None] * (second - first)  # (H, W, 3)
         # The path: a straight line that stays inside the frame, half to all of the free way long.
         radius = rng.uniform(0.2, 0.26) * min(height, width)
