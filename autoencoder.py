@@ -36,9 +36,31 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (
-    BadVideo, Flags, InputError, Log, StopSignal, average, check_config, check_finite, check_shard, last_only,
-    learning_rate, load_checkpoint, open_dataset, pair, parse_flags, quiet_worker, run, save_checkpoint, split_batch,
-    start, stream, weights_hash, write_json, write_sheet, write_shard,
+    BadVideo,
+    Flags,
+    InputError,
+    Log,
+    StopSignal,
+    average,
+    check_config,
+    check_finite,
+    check_shard,
+    last_only,
+    learning_rate,
+    load_checkpoint,
+    open_dataset,
+    pair,
+    parse_flags,
+    quiet_worker,
+    run,
+    save_checkpoint,
+    split_batch,
+    start,
+    stream,
+    weights_hash,
+    write_json,
+    write_shard,
+    write_sheet,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------

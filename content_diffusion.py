@@ -13,7 +13,6 @@ It needs nothing of stage 3: train both side by side. Where we differ from the a
 """
 
 import copy
-
 import functools
 import math
 import os
@@ -31,8 +30,24 @@ from tqdm import tqdm
 
 from autoencoder import describe, load_autoencoder, load_weights, read_checkpoint, to_pixels, with_prefix
 from data import (
-    EncodedClips, Flags, InputError, Log, StopSignal, average, check_config, check_finite, last_only, learning_rate,
-    pair, parse_flags, run, save_checkpoint, split_batch, start, stream, write_sheet,
+    EncodedClips,
+    Flags,
+    InputError,
+    Log,
+    StopSignal,
+    average,
+    check_config,
+    check_finite,
+    last_only,
+    learning_rate,
+    pair,
+    parse_flags,
+    run,
+    save_checkpoint,
+    split_batch,
+    start,
+    stream,
+    write_sheet,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -883,10 +898,10 @@ def main():
         if logging and done % args.log_every == 0:
             loss_sum = torch.zeros_like(loss_sum)
             since, clock = done, time.perf_counter()
-        if rank == 0 and (done % args.preview_every == 0 or done == args.steps):
-            preview(ema, diffusion, condition_of, dataset, args.run, done, device)
         if rank == 0 and saving:
             save(done)
+        if rank == 0 and (done % args.preview_every == 0 or done == args.steps):
+            preview(ema, diffusion, condition_of, dataset, args.run, done, device)
         if stopping:
             bar.close()
             if rank == 0:

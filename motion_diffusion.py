@@ -27,12 +27,37 @@ from tqdm import tqdm
 
 from autoencoder import load_autoencoder, to_pixels
 from content_diffusion import (
-    DIT_SIZES, Diffusion, DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, build_saved_text_encoder,
-    init_transformer, load_text_encoder, save_text_encoder, sincos_positions,
+    DIT_SIZES,
+    Diffusion,
+    DiTBlock,
+    FinalLayer,
+    LabelEmbedder,
+    TimestepEmbedder,
+    build_saved_text_encoder,
+    init_transformer,
+    load_text_encoder,
+    save_text_encoder,
+    sincos_positions,
 )
 from data import (
-    EncodedClips, Flags, InputError, Log, StopSignal, average, check_config, check_finite, last_only, learning_rate,
-    pair, parse_flags, run, save_checkpoint, split_batch, start, stream, write_sheet,
+    EncodedClips,
+    Flags,
+    InputError,
+    Log,
+    StopSignal,
+    average,
+    check_config,
+    check_finite,
+    last_only,
+    learning_rate,
+    pair,
+    parse_flags,
+    run,
+    save_checkpoint,
+    split_batch,
+    start,
+    stream,
+    write_sheet,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,10 +325,10 @@ def main():
         if logging and done % args.log_every == 0:
             loss_sum = torch.zeros_like(loss_sum)
             since, clock = done, time.perf_counter()
-        if rank == 0 and (done % args.preview_every == 0 or done == args.steps):
-            preview(ema, diffusion, condition_of, dataset, args.run, done, device)
         if rank == 0 and saving:
             save(done)
+        if rank == 0 and (done % args.preview_every == 0 or done == args.steps):
+            preview(ema, diffusion, condition_of, dataset, args.run, done, device)
         if stopping:
             bar.close()
             if rank == 0:

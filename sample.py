@@ -350,7 +350,7 @@ def read_wishes(args, sampler, classes, count_default):
         wishes = [prompts[i % len(prompts)] for i in range(count)]
         return wishes, wishes
     names = classes or ["video"]
-    if prompts:
+    if prompts or args.negative_prompt:
         raise InputError(f"{args.run} is conditioned on classes, not text: use --label, one of {', '.join(names[:12])}")
     labels = list(range(len(names)))
     if args.label is not None:
@@ -386,6 +386,14 @@ def new_folder(args):
     return args.out
 
 
+def from_rank_0(call, rank, world):
+    """What call() returns on the first rank, which alone makes it."""
+    result = [call() if rank == 0 else None]
+    if world > 1:
+        torch.distributed.broadcast_object_list(result)
+    return result[0]
+
+
 @torch.inference_mode()
 def main():
     args = flags().parse_args()
@@ -407,21 +415,24 @@ def main():
         _, _, real, test = open_dataset(args.data or trained["data"], trained["frames"], size, trained["stride"],
                                         trained["split"], trained["captions"], args.seed)
         numbers = [int(test[i % len(test)]) for i in range(min(args.num or 24, len(test)))]
-        wishes, captions = [None] * len(numbers), []
+        wishes, captions = [None] * len(numbers), {}
     else:
-        wishes, captions = read_wishes(args, sampler, sampler.state["classes"], 4 if args.prompt else 24)
+        wishes, names = read_wishes(args, sampler, sampler.state["classes"], 4 if args.prompt else 24)
+        captions = dict(enumerate(names))
     picture = to_frames(read_image(args.image, size).to(device), sampler.image)[:, :, 0] if args.image else None
 
-    folder = new_folder(args)
+    folder = from_rank_0(lambda: new_folder(args), rank, world)
     fake = os.path.join(folder, "fake") if real is not None else folder
     for path in [fake] + [os.path.join(folder, "real")] * (real is not None):
-        os.makedirs(path)
+        os.makedirs(path, exist_ok=True)
     shown, frames, clock = [], {}, Clock(args.profile)
     most = max(1, min(24, 2**21 // (size[0] * size[1])))  # clips in the overview: large ones would make it huge
     with concurrent.futures.ThreadPoolExecutor(2) as writers:  # files are written while the next batch is drawn
         jobs = []
-        bar = tqdm(total=len(wishes), desc="sample", unit="clip")
-        for first in range(0, len(wishes), args.batch_size):
+        batches = range(0, len(wishes), args.batch_size)[rank::world]  # ranks take turns
+        bar = tqdm(total=sum(min(args.batch_size, len(wishes) - first) for first in batches), desc="sample", unit="clip",
+                   disable=rank > 0)
+        for first in batches:
             batch = list(range(first, min(first + args.batch_size, len(wishes))))
             wanted = [wishes[n] for n in batch]
             clock("rest")
@@ -429,7 +440,7 @@ def main():
                 items = [real[numbers[n]] for n in batch]
                 clips = torch.stack([item["video"] for item in items])
                 content, motion = sampler.autoencoder.encode(to_frames(clips.to(device), sampler.image))
-                captions += [item["caption"] for item in items]
+                captions |= {n: item["caption"] for n, item in zip(batch, items)}
                 wanted = [item["caption" if sampler.motion and sampler.motion.text else "label"] for item in items]
                 for n, clip in zip(batch, clips):
                     path = os.path.join(folder, "real", f"{n:05d}.mp4")
@@ -450,15 +461,23 @@ def main():
             clock("decode")
             for n, video in zip(batch, videos):
                 jobs.append(writers.submit(write_video, os.path.join(fake, f"{n:05d}.mp4"), video, args.fps))
-            shown += list(videos[: most - len(shown)])
+            shown += list(zip(batch, videos))[: most - len(shown)]
             bar.update(len(batch))
         bar.close()
         for job in jobs:
             job.result()
+    if world > 1:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, (captions, shown))
+        captions = {n: caption for part, _ in parts for n, caption in part.items()}
+        shown = sorted((pair for _, part in parts for pair in part), key=lambda pair: pair[0])[:most]
+    if rank > 0:
+        return
     with open(os.path.join(folder, "captions.txt"), "w", encoding="utf-8") as file:
-        file.writelines(caption.replace("\n", " ") + "\n" for caption in captions)
-    write_sheet(os.path.join(folder, "samples.png"), shown, columns=2, captions=captions[: len(shown)])
-    write_video(os.path.join(folder, "samples.gif"), tile(shown, columns=min(6, len(shown))), args.fps)
+        file.writelines(captions[n].replace("\n", " ") + "\n" for n in range(len(wishes)))
+    numbers, clips = zip(*shown)
+    write_sheet(os.path.join(folder, "samples.png"), clips, columns=2, captions=[captions[n] for n in numbers])
+    write_video(os.path.join(folder, "samples.gif"), tile(clips, columns=min(6, len(clips))), args.fps)
     print(f"{len(wishes)} clips in {folder}; look at {os.path.join(folder, 'samples.gif')}")
     if args.profile:
         print(profile(sampler, clock.seconds, len(wishes)))
