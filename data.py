@@ -105,10 +105,10 @@ class MovingShapes(torch.utils.data.Dataset):
         ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle) + 0.5
         first, second = rng.uniform(0.35, 0.65, (2, 1)) + rng.uniform(-0.12, 0.12, (2, 3))
         background = first + np.clip(ramp, 0, 1)[..., None] * (second - first)  # (H, W, 3)
-        # The path: a straight line that stays inside the frame, half to all of the free way long.
+        # The path: a straight line that stays inside the frame, 0.6 to all of the free way long.
         radius = rng.uniform(0.2, 0.26) * min(height, width)
         free = np.array([width, height]) - 2 * radius
-        travel = free * move * rng.uniform(0.5, 1)
+        travel = free * move * rng.uniform(0.6, 1)
         start = radius + np.maximum(0, -travel) + rng.uniform(0, 1, 2) * (free - np.abs(travel))
         centre = start + np.linspace(0, 1, self.frames)[:, None] * travel  # (L, 2)
         px = x - centre[:, 0, None, None]  # (L, 1, W)

@@ -3,10 +3,13 @@ costs the user one clear line."""
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from autoencoder import load_autoencoder
 from data import EncodedClips, MovingShapes, read_clip, write_video
@@ -84,6 +87,18 @@ def test_a_seed_gives_the_same_clips_whatever_the_batch_size(script, shapes_run,
     a, b, c = (clips_in(tmp_path / out).astype(int) for out in "abc")
     assert abs(a - b).max() <= 2  # rounding, and the video codec's answer to it
     assert abs(a - c).max() > 5
+
+
+def test_ranks_share_the_sampling(script, shapes_run, tmp_path):
+    flags = ["--run", shapes_run, "--num", 5, "--steps", 2, "--motion-steps", 2, "--batch-size", 2]
+    one = script("sample.py", *flags, "--out", tmp_path / "one")
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
+                          os.path.join(ROOT, "sample.py"), *map(str, flags), "--out", tmp_path / "two"],
+                         capture_output=True, text=True, timeout=200)
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert abs(clips_in(tmp_path / "one").astype(int) - clips_in(tmp_path / "two")).max() <= 2
+    assert (tmp_path / "one/captions.txt").read_text() == (tmp_path / "two/captions.txt").read_text()
+    assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
 
 
 def test_real_clips_through_a_part_of_the_model(script, shapes_run, tmp_path):
