@@ -923,7 +923,7 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
         frame, latent = (model.channels, *model.size), (len(model.motion_mean), model.frames, sum(model.grid))
         contents = np.concatenate(contents or [np.zeros((0, *frame))])
         motions = np.concatenate(motions or [np.zeros((0, *latent))])
-        sums = [motions.astype(np.float64).__pow__(n).sum((0, 2, 3)).tolist() for n in (1, 2)]
+        sums = [(motions.astype(np.float64) ** n).sum((0, 2, 3)).tolist() for n in (1, 2)]
         write_shard(folder, number, contents, motions, records, sums=sums)
 
     for first in range(0, shards, world):  # in rounds, so that a signal stops all ranks after the same one
@@ -961,7 +961,7 @@ def main():
     path = os.path.join(args.run, "autoencoder.pt")
     if len(args.size) > 2 or min(args.size) < 1:
         raise InputError("--size takes one number, or height and width")
-    size = pair(args.size[0] if len(args.size) == 1 else args.size)
+    size = pair(args.size)
     if not args.data:
         raise InputError(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions")
     if args.channels == 3 and args.sd:

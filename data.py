@@ -1,4 +1,8 @@
-"""Video in and out of files, and everything a run folder holds. (docstring to be written by the owner of this file)"""
+"""What all stages share: video in and out of files, the stored encodings, the stream of batches and the run folder.
+
+Clips are (3, L, H, W) in [-1, 1]. In the order of a run: the embedded shapes, videos from folders, CSVs and tars, writing
+them, the encodings that stage 1 leaves and stages 2 and 3 read, and checkpoints, logs, flags and signals.
+"""
 
 import argparse
 import concurrent.futures
@@ -39,8 +43,9 @@ class InputError(ValueError):
 
 
 def pair(size):
-    """An int or (H, W) -> (H, W)."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    """An int, (N,) or (H, W) -> (H, W)."""
+    size = (size,) if isinstance(size, int) else tuple(size)
+    return size * 2 if len(size) == 1 else size
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from autoencoder import load_autoencoder, to_frames, to_pixels
 from content_diffusion import Diffusion, build_content_model
-from data import Flags, InputError, load_checkpoint, open_dataset, run, start, tile, write_sheet, write_video
+from data import Flags, InputError, load_checkpoint, open_dataset, pair, run, start, tile, write_sheet, write_video
 from motion_diffusion import build_motion_model, text_features
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def main():
     for name, value in DEFAULTS[trained["preset"]].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    size = tuple(trained["size"]) if len(trained["size"]) == 2 else (trained["size"][0],) * 2
+    size = pair(trained["size"])
 
     real = None
     if args.reconstruct or args.predict_motion:
@@ -470,7 +470,7 @@ def main():
         parts = [None] * world
         torch.distributed.all_gather_object(parts, (captions, shown))
         captions = {n: caption for part, _ in parts for n, caption in part.items()}
-        shown = sorted((pair for _, part in parts for pair in part), key=lambda pair: pair[0])[:most]
+        shown = sorted((clip for _, part in parts for clip in part), key=lambda clip: clip[0])[:most]
     if rank > 0:
         return
     with open(os.path.join(folder, "captions.txt"), "w", encoding="utf-8") as file:
