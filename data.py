@@ -55,19 +55,19 @@ def pair(size):
 SHAPES = ("circle", "square", "triangle")
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y); y grows downwards
 COLOURS = {  # RGB, 0..1
-    "red": (0.90, 0.15, 0.15),
-    "orange": (0.95, 0.55, 0.10),
-    "yellow": (0.95, 0.90, 0.20),
-    "green": (0.15, 0.75, 0.25),
-    "blue": (0.20, 0.35, 0.95),
-    "purple": (0.60, 0.25, 0.85),
-    "white": (0.95, 0.95, 0.95),
-    "black": (0.08, 0.08, 0.08),
+    "red": (0.88, 0.35, 0.30),
+    "orange": (0.90, 0.58, 0.28),
+    "yellow": (0.88, 0.84, 0.35),
+    "green": (0.40, 0.78, 0.40),
+    "cyan": (0.38, 0.78, 0.82),
+    "blue": (0.40, 0.55, 0.90),
+    "purple": (0.72, 0.48, 0.90),
+    "white": (0.88, 0.88, 0.88),
 }
 
 
 class MovingShapes(torch.utils.data.Dataset):
-    """One shape moves in one direction over a soft two-colour background: 12 classes, drawn on the fly, no files.
+    """One shape moves in one direction over a soft, dark two-colour background: 12 classes, drawn on the fly, no files.
 
     Clip i is a function of (seed, split, i) alone, so every process draws the same one. `train` is endless (any index
     is valid, its length is nominal); `test` is a fixed set. The split is part of the random key, so no clip is in both.
@@ -105,27 +105,28 @@ class MovingShapes(torch.utils.data.Dataset):
     def draw(self, rng, shape, move, colour):
         height, width = self.size
         y, x = np.ogrid[0.5:height, 0.5:width]  # pixel centres
-        # The background: two colours blended along a random direction.
+        # The background: two dark colours blended along a random direction. Shapes are brighter than any of it: were some
+        # darker, a content model of minutes would halve the difference and draw neither.
         angle = rng.uniform(0, 2 * np.pi)
         ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle) + 0.5
-        first, second = rng.uniform(0.35, 0.65, (2, 1)) + rng.uniform(-0.12, 0.12, (2, 3))
+        first, second = rng.uniform(0.15, 0.4, (2, 1)) + rng.uniform(-0.08, 0.08, (2, 3))
         background = first + np.clip(ramp, 0, 1)[..., None] * (second - first)  # (H, W, 3)
         # The path: a straight line that stays inside the frame, 0.6 to all of the free way long.
-        radius = rng.uniform(0.2, 0.26) * min(height, width)
-        free = np.array([width, height]) - 2 * radius
+        reach = rng.uniform(0.29, 0.35) * min(height, width)
+        free = np.array([width, height]) - 2 * reach
         travel = free * move * rng.uniform(0.6, 1)
-        start = radius + np.maximum(0, -travel) + rng.uniform(0, 1, 2) * (free - np.abs(travel))
+        start = reach + np.maximum(0, -travel) + rng.uniform(0, 1, 2) * (free - np.abs(travel))
         centre = start + np.linspace(0, 1, self.frames)[:, None] * travel  # (L, 2)
         px = x - centre[:, 0, None, None]  # (L, 1, W)
         py = y - centre[:, 1, None, None]  # (L, H, 1)
-        # Signed distance to the edge in pixels, negative inside: the last half pixel is the anti-aliasing.
+        # Signed distance to the edge in pixels, negative inside: the last half pixel is the anti-aliasing. All shapes
+        # have the area 2 reach^2: guidance exaggerates differences between classes, and would make a small shape faint.
         if shape == "circle":
-            distance = np.hypot(px, py) - radius
+            distance = np.hypot(px, py) - (2 / np.pi) ** 0.5 * reach
         elif shape == "square":
-            distance = np.maximum(np.abs(px), np.abs(py)) - 0.85 * radius
-        else:  # an equilateral triangle, point up, as wide as the circle
-            half = 0.866 * radius  # of its height
-            distance = np.maximum(0.866 * np.abs(px) - 0.5 * (py + half), py - half)
+            distance = np.maximum(np.abs(px), np.abs(py)) - 0.5**0.5 * reach
+        else:  # a triangle, point up, as wide as high
+            distance = np.maximum((2 * np.abs(px) - (py + reach)) / 5**0.5, py - reach)
         cover = np.clip(0.5 - distance, 0, 1)[..., None]  # (L, H, W, 1)
         colour = np.clip(colour + rng.uniform(-0.08, 0.08, 3), 0, 1)
         clip = background + cover * (colour - background)  # (L, H, W, 3)

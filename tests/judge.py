@@ -83,7 +83,7 @@ def main(folder):
     whole, _ = accuracy(model, real, real_labels)
     print(f"classifier on 600 real test clips: {whole:.1%} right")
     with open(os.path.join(folder, "captions.txt")) as file:
-        labels = torch.tensor([MovingShapes.classes.index(line.strip()) for line in file])
+        labels = torch.tensor([MovingShapes.classes.index(" ".join(line.split()[-3:])) for line in file])
     names = sorted(name for name in find_videos(folder) if name.endswith(".mp4"))
     clips = np.stack([read_clip(os.path.join(folder, name), FRAMES) for name in names])
     videos = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
