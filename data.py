@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import pickle
 import re
 import shutil
@@ -214,19 +215,21 @@ def count_packets(container, stream):
 
 
 def too_short(has, span):
-    return BadVideo(f"too short: has {has} frame{'s' * (has != 1)}, {span} needed")
+    return f"too short: has {has} frame{'s' * (has != 1)}, {span} needed"
 
 
-def check_video(file, span):
-    """Raises BadVideo if the file's header cannot be read or it has fewer than `span` frames. Decodes nothing."""
-    with open_video(file) as (container, stream):
-        if not (stream.codec_context.width and stream.codec_context.height):
-            raise BadVideo("its header gives no picture size")
-        count = header_frames(container, stream)
-        if count < 2 * span:  # it matters, and so short a file is quickly counted
-            count = count_packets(container, stream)
-    if count < span:
-        raise too_short(count, span)
+def fault(file, span):
+    """Why `span` frames cannot be had from a file, as far as that is seen without decoding; "" where they can."""
+    try:
+        with open_video(file) as (container, stream):
+            if not (stream.codec_context.width and stream.codec_context.height):
+                return "its header gives no picture size"
+            count = header_frames(container, stream)
+            if count < 2 * span:  # it matters, and so short a file is quickly counted
+                count = count_packets(container, stream)
+    except BadVideo as e:
+        return str(e)
+    return too_short(count, span) if count < span else ""
 
 
 def read_clip(file, frames, size=None, stride=1, rng=None):
@@ -257,7 +260,7 @@ def read_clip(file, frames, size=None, stride=1, rng=None):
         if len(clip) == frames:
             return np.stack(clip)
         if start == 0:
-            raise too_short(seen, span)
+            raise BadVideo(too_short(seen, span))
         with open_video(file) as opened:
             count = min(start + seen, count_packets(*opened))
 
@@ -474,16 +477,10 @@ class VideoFolder(VideoFiles):
         return found
 
     def _check(self, files, span):
-        """Those whose headers are good."""
-
-        def check(file):
-            try:
-                check_video(os.path.join(self.root, file), span)
-            except BadVideo as e:
-                return str(e)
-
+        """The files that have `span` frames; says which are left out, and why."""
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            bad = {file: reason for file, reason in zip(files, pool.map(check, files)) if reason}
+            faults = pool.map(lambda file: fault(os.path.join(self.root, file), span), files)
+            bad = {file: reason for file, reason in zip(files, faults) if reason}
         if bad and os.environ.get("RANK", "0") == "0":  # every rank finds the same
             say(f"{self.root}: left out {len(bad)} of {len(files)} files:\n"
                 + "\n".join(f"  {file}: {reason}" for file, reason in bad.items()))
@@ -639,31 +636,26 @@ def write_video(path, video, fps):
     ending, video = os.path.splitext(path)[1].lower(), to_uint8(video)
     if ending == ".mp4":
         video = np.pad(video, [(0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)], mode="edge")
-        frames, codec, pix_fmt, options = yuv_frames(video), "libx264", "yuv420p", {"crf": "18"}
+        scaler = VideoReformatter()  # SCALING's one thread: with several, the same video gives other bytes each time
+        frames = (scaler.reformat(av.VideoFrame.from_ndarray(picture, format="rgb24"), format="yuv420p",
+                                  dst_colorspace="ITU709", **SCALING) for picture in video)
+        codec, pix_fmt, options = "libx264", "yuv420p", {"crf": "18"}
     elif ending == ".gif":  # counts hundredths of a second, and viewers slow down what is quicker than 50 a second
-        frames, codec, pix_fmt, options, fps = palette_frames(video), "gif", "pal8", {}, min(fps, 50)
+        frames, fps = palette_frames(video), min(fps, 50)
+        codec, pix_fmt, options = "gif", "pal8", {}
     else:
         raise InputError(f"{path}: videos are written as .mp4 or .gif")
     with aside(path) as temporary, av.open(temporary, "w", format=ending[1:]) as file:
         stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt, stream.options = pix_fmt, options
-        if ending == ".mp4":  # the file says what yuv_frames() did: BT.709, limited range
+        if ending == ".mp4":  # the file says how its colours were converted: by BT.709, to the limited range
             of = stream.codec_context
             of.colorspace = of.color_primaries = of.color_trc = of.color_range = 1
         for i, frame in enumerate(frames):
             frame.pts = i
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
-
-
-def yuv_frames(video):
-    """np.uint8 (L, H, W, 3), H and W even -> frames for an .mp4."""
-    scaler = VideoReformatter()
-    for picture in video:
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        # SCALING's one thread: with several, the same video gives other bytes each time.
-        yield scaler.reformat(frame, format="yuv420p", dst_colorspace="ITU709", **SCALING)
 
 
 def palette_frames(video):
@@ -740,9 +732,9 @@ def write_shard(folder, number, content, motion, records, **extra):
         np.save(os.path.join(temporary, "lines.npy"), np.cumsum([0] + [len(line) for line in lines]).astype(np.int64))
         with open(os.path.join(temporary, "clips.jsonl"), "wb") as file:
             file.writelines(lines)
-        paths = {name: os.path.join(temporary, name) for name in sorted(os.listdir(temporary))}
-        info = dict(clips=len(records), crc32={name: crc32(path) for name, path in paths.items()},
-                    bytes={name: os.path.getsize(path) for name, path in paths.items()})
+        paths = sorted(pathlib.Path(temporary).iterdir())
+        info = dict(clips=len(records), crc32={path.name: zlib.crc32(path.read_bytes()) for path in paths},
+                    bytes={path.name: path.stat().st_size for path in paths})
         write_json(os.path.join(temporary, "shard.json"), info | extra)
         os.rename(temporary, final)
     except OSError as e:
@@ -756,22 +748,14 @@ def check_shard(folder, checksums=True):
     try:
         with open(os.path.join(folder, "shard.json")) as file:
             info = json.load(file)
-        paths = {name: os.path.join(folder, name) for name in info["bytes"]}
-        damaged = [path for name, path in paths.items() if os.path.getsize(path) != info["bytes"][name]
-                   or (checksums and crc32(path) != info["crc32"][name])]
+        damaged = [path for path in map(pathlib.Path(folder).joinpath, info["bytes"])
+                   if path.stat().st_size != info["bytes"][path.name]
+                   or (checksums and zlib.crc32(path.read_bytes()) != info["crc32"][path.name])]
     except (OSError, ValueError, KeyError) as e:
         raise InputError(f"{folder} is not a whole shard ({e}): {mend}") from None
     if damaged:
         raise InputError(f"{damaged[0]} is damaged: {mend}")
     return info
-
-
-def crc32(path):
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
 
 
 @functools.lru_cache(maxsize=128)
@@ -818,9 +802,7 @@ class EncodedClips(torch.utils.data.Dataset):
         return int(self.ends[-1])
 
     def __getitem__(self, key):
-        index = key[0] if isinstance(key, tuple) else key
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[key[0] if isinstance(key, tuple) else key]
         number = int(np.searchsorted(self.ends, index, side="right"))
         row = index - (int(self.ends[number - 1]) if number else 0)
         content, motion, lines, text = open_shard(self.shards[number])
