@@ -62,6 +62,7 @@ def aside(path):
 
 
 def say(text):
+    """A line for the user on stderr, at once: out of workers too, and among progress bars."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -148,6 +149,7 @@ class MovingShapes(torch.utils.data.Dataset):
         clip = background + cover * (colour - background)  # (L, H, W, 3)
         return torch.from_numpy(clip.astype(np.float32) * 2 - 1).permute(3, 0, 1, 2)  # (3, L, H, W)
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading videos
 
@@ -215,6 +217,7 @@ def count_packets(container, stream):
 
 
 def too_short(has, span):
+    """The reason, in words, for a file of `has` frames where `span` are needed."""
     return f"too short: has {has} frame{'s' * (has != 1)}, {span} needed"
 
 
@@ -712,6 +715,7 @@ def write_sheet(path, videos, columns, captions=None, frames=9):
 
 
 def write_json(path, content):
+    """The file appears whole or not at all."""
     with aside(path) as temporary, open(temporary, "w") as file:
         json.dump(content, file, indent=1)
 
