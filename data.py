@@ -1,10 +1,11 @@
 """What all stages share: video in and out of files, the stored encodings, the stream of batches and the run folder.
 
-Clips are (3, L, H, W) in [-1, 1]. In the order of a run: the embedded shapes, videos from folders, CSVs and tars, writing
-them, the encodings that stage 1 leaves and stages 2 and 3 read, and checkpoints, logs, flags and signals.
+Clips are (3, L, H, W) in [-1, 1]. In the order of a run: the embedded shapes; videos from folders, CSVs and tars;
+writing them; the encodings that stage 1 leaves and stages 2 and 3 read; checkpoints, logs, ranks, signals and flags.
 """
 
 import argparse
+import array
 import concurrent.futures
 import contextlib
 import csv
@@ -13,18 +14,18 @@ import datetime
 import difflib
 import errno
 import functools
-import glob
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
+import pathlib
 import pickle
 import re
 import shutil
 import signal
 import sys
+import tarfile
 import threading
 import time
 import warnings
@@ -34,6 +35,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 
@@ -46,6 +48,22 @@ def pair(size):
     """An int, (N,) or (H, W) -> (H, W)."""
     size = (size,) if isinstance(size, int) else tuple(size)
     return size * 2 if len(size) == 1 else size
+
+
+@contextlib.contextmanager
+def aside(path):
+    """Yields a name to write to. At the end that file takes the place of `path`, or vanishes if writing failed."""
+    try:
+        yield f"{path}.tmp"
+        os.replace(f"{path}.tmp", path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{path}.tmp")
+
+
+def say(text):
+    """A line for the user on stderr, at once: out of workers too, and among progress bars."""
+    print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,182 +152,169 @@ class MovingShapes(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Videos from files
+# Reading videos
+
 
 VIDEO_ENDINGS = tuple(".avi .mp4 .mkv .mov .webm .gif .m4v .mpg .mpeg .wmv .flv .ogv .ts .mts .m2ts .3gp .vob".split())
-CHECK_AT_MOST = 20_000      # files whose headers VideoFolder reads at once; in larger folders bad ones show later
-# Bicubic (antialiased: swscale widens it when shrinking). Where PyAV is new enough to be told: rounded properly, since
-# the short cut darkens by 1.5 levels, and in one thread, since by default it starts one a core for every frame.
-_SCALING = {"interpolation": "BICUBIC"}
-if hasattr(Interpolation, "FULL_CHR_H_INT"):
-    _SCALING = {"threads": 1, "interpolation":
-                Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT}
+# Bicubic, which FFmpeg widens when it shrinks, so that nothing aliases. Rounded properly, since its short cut darkens
+# by 1.5 levels; in one thread, since by default it starts one a core for every frame.
+SCALING = dict(threads=1, interpolation=(
+    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT))
 
 
 class BadVideo(Exception):
     """One file cannot be used; str() is the reason, without the file's name."""
 
 
-class _Damaged(BadVideo):
-    """The frames asked for cannot be decoded; others of the same file may."""
-
-
 def find_videos(root):
     """Sorted paths, relative to `root`, of the files at any depth whose names end like a video's. Follows links."""
     found = []
     for folder, folders, names in os.walk(root, followlinks=True):
-        here = os.path.realpath(folder) + os.sep        # a link to a folder above would be followed for ever
-        folders[:] = [d for d in folders if not os.path.islink(os.path.join(folder, d))
-                      or not here.startswith(os.path.realpath(os.path.join(folder, d)) + os.sep)]
+        here = os.path.realpath(folder) + os.sep  # a link to a folder above would be followed for ever
+        folders[:] = [d for d in folders if not here.startswith(os.path.realpath(os.path.join(folder, d)) + os.sep)]
         found += [os.path.relpath(os.path.join(folder, name), root) for name in names
                   if name.lower().endswith(VIDEO_ENDINGS) and not name.startswith(".")]
     return sorted(found)
 
 
 @contextlib.contextmanager
-def _open_video(file):
+def open_video(file):
     """Yields (container, its first moving-picture stream); whatever goes wrong meanwhile is raised as BadVideo."""
     try:
-        if hasattr(file, "seek"):
-            file.seek(0)
-        elif not str(file).startswith("subfile,"):      # absolute, so that no name looks like a protocol ("12:30.mp4")
+        if not str(file).startswith("subfile,"):  # absolute, so that no name looks like a protocol ("12:30.mp4")
             file = os.path.abspath(file)
             if os.path.getsize(file) == 0:
                 raise BadVideo("empty file")
         with av.open(file, metadata_errors="replace") as container:
-            # 0x400 marks a cover picture.
-            streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & 0x400]
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]  # a cover
             if not streams:
                 raise BadVideo("no video stream")
             if streams[0].codec_context is None:
                 raise BadVideo("no decoder for its codec")
-            streams[0].codec_context.thread_count = 1   # the loader's workers are the parallelism
+            streams[0].codec_context.thread_count = 1  # the loader's workers are the parallelism
             yield container, streams[0]
     except (av.error.FFmpegError, OSError, ValueError, OverflowError) as e:
         raise BadVideo(getattr(e, "strerror", None) or str(e)) from None
 
 
-def _header_frames(container, stream):
-    """-> (frames, known): the header's count, or an estimate from duration and rate (.mkv, .webm), or 0."""
+def header_frames(container, stream):
+    """The number of frames that the header tells; where it has none (.mkv, .webm), an estimate; 0 without a clue."""
     if stream.frames > 0:
-        return stream.frames, True
+        return stream.frames
     if stream.duration:
         seconds = stream.duration * stream.time_base
-    else:                                               # the file's own, which in .mkv counts from time 0
+    else:  # the file's own, which in .mkv counts from time 0
         seconds = ((container.duration or 0) - max(0, container.start_time or 0)) / 1e6
-    return round(seconds * (stream.average_rate or 0)), False
+    return round(seconds * (stream.average_rate or 0))
 
 
-def _count_packets(container, stream):
+def count_packets(container, stream):
     """Number of coded frames: reads the file through without decoding it."""
     count = 0
-    with contextlib.suppress(av.error.FFmpegError):     # cut off here
+    with contextlib.suppress(av.error.FFmpegError):  # cut off here
         for packet in container.demux(stream):
             count += packet.size > 0
     return count
 
 
-def _too_short(has, span):
-    return BadVideo(f"too short: has {has} frame{'s' * (has != 1)}, {span} needed")
+def too_short(has, span):
+    """The reason, in words, for a file of `has` frames where `span` are needed."""
+    return f"too short: has {has} frame{'s' * (has != 1)}, {span} needed"
 
 
-def check_video(file, span):
-    """Raises BadVideo if the file's header cannot be read or tells of fewer than `span` frames. Decodes nothing."""
-    with _open_video(file) as (container, stream):
-        if not (stream.codec_context.width and stream.codec_context.height):
-            raise BadVideo("its header gives no picture size")
-        count, known = _header_frames(container, stream)
-        if not known and count < 2 * span:              # an estimate, and of a file that is quickly counted
-            count = _count_packets(container, stream)
-    if count < span:
-        raise _too_short(count, span)
+def fault(file, span):
+    """Why `span` frames cannot be had from a file, as far as that is seen without decoding; "" where they can."""
+    try:
+        with open_video(file) as (container, stream):
+            if not (stream.codec_context.width and stream.codec_context.height):
+                return "its header gives no picture size"
+            count = header_frames(container, stream)
+            if count < 2 * span:  # it matters, and so short a file is quickly counted
+                count = count_packets(container, stream)
+    except BadVideo as e:
+        return str(e)
+    return too_short(count, span) if count < span else ""
 
 
 def read_clip(file, frames, size=None, stride=1, rng=None):
     """Every `stride`-th frame of a video from a random start, `frames` in all, RGB: np.uint8 (L, H, W, 3).
 
-    file: a path or a seekable file object. size: int or (H, W); the picture is resized (antialiased) until it just
-    covers H x W, and its centre is cut out; None keeps the file's size. rng: a numpy Generator that draws the start,
-    uniformly over all that leave room for the clip; None starts at the first frame. Decodes only from the key frame
-    before the clip to the clip's end. Rotations and flips noted in the file are applied, oblong pixels made square.
-    Raises BadVideo: unreadable, no video stream, damaged, or fewer than (frames - 1) * stride + 1 frames.
+    file: a path, or FFmpeg's name for a part of one ("subfile,,start,..."). size: int or (H, W); the picture is resized
+    until it just covers H x W, and its centre is cut out; None keeps the file's size. rng: a numpy Generator that draws
+    the start, uniformly over all that leave room for the clip; None starts at the first frame. Decodes only from the
+    key frame before the clip to the clip's end. Rotations and flips noted in the file are applied, oblong pixels made
+    square. Raises BadVideo: unreadable, no video stream, damaged, or fewer than (frames - 1) * stride + 1 frames.
     """
     span = (frames - 1) * stride + 1
-    place = 0.0 if rng is None else rng.random()        # where among the possible starts
-    count, runs_out, damaged = None, 0, 0
-    while True:
-        with _open_video(file) as (container, stream):
+    count = None
+    for attempt in range(5):
+        # Where damage is in the way, or the header promised more frames than there are, another start is drawn. The
+        # last attempt is at the first frame, and there either is an error.
+        place = 0.0 if rng is None or attempt == 4 else rng.random()
+        with open_video(file) as (container, stream):
             if count is None:
-                count, _ = _header_frames(container, stream)
+                count = header_frames(container, stream)
             start = int(place * max(1, count - span + 1))
             try:
-                clip, seen = _decode(container, stream, start, frames, size, stride)
-            except _Damaged:
-                damaged += 1
-                if rng is None or damaged == 4:
+                clip, seen = decode(container, stream, start, frames, size, stride)
+            except BadVideo:
+                if start == 0:
                     raise
-                place = rng.random()
                 continue
         if len(clip) == frames:
-            return np.stack(clip)                       # (L, H, W, 3)
+            return np.stack(clip)
         if start == 0:
-            raise _too_short(seen, span)
-        # The header promised more than there is (cut off, uneven frame rate): now the end is known.
-        count = start + seen
-        if seen == 0:
-            with _open_video(file) as opened:
-                count = min(start, _count_packets(*opened))
-        runs_out += 1
-        place = place if runs_out < 4 else 0.0
+            raise BadVideo(too_short(seen, span))
+        with open_video(file) as opened:
+            count = min(start + seen, count_packets(*opened))
 
 
-def _decode(container, stream, start, frames, size, stride):
+def decode(container, stream, start, frames, size, stride):
     """-> (pictures, how many frames there were from frame `start` on); too few of both if the file ends before."""
     packets = container.demux(stream)
-    first = next(packets)
-    begin = first.pts if first.pts is not None else first.dts
-    rate = stream.average_rate or stream.guessed_rate
-    decoded, target, skip = _decoded(stream, itertools.chain([first], packets)), None, start
-    if start > 32 and rate and begin is not None:       # else near, or no clock to seek by: count from the first frame
+    first, rate = next(packets), stream.average_rate
+    begin = first.pts if first.pts is not None else first.dts  # stream.start_time is too early in .avi with B-frames
+    decoded, target, skip = decoded_frames(stream, itertools.chain([first], packets)), None, start
+    if start > 32 and rate and begin is not None:  # else near, or no clock to seek by: count from the first frame
         second, period = 1 / stream.time_base, 1 / (rate * stream.time_base)
-        target, skip = float(begin + (start - 0.5) * period), 0         # half a frame early: time stamps are rounded
+        target, skip = float(begin + (start - 0.5) * period), 0  # half a frame early: time stamps are rounded
         # A file may land us behind the target: then we seek further ahead, in the end before the first frame.
         for where in (target, max(begin, target - 10 * second), begin - second):
             try:
                 container.seek(int(where), stream=stream)
-            except av.error.FFmpegError:                # cannot be sought in: on from the first frame
+            except av.error.FFmpegError:  # cannot be sought in: on from the first frame
                 break
-            decoded = _decoded(stream, container.demux(stream), target)
+            decoded = decoded_frames(stream, container.demux(stream), target)
             head = next(decoded, None)
             decoded = itertools.chain([head] if head else [], decoded)
             if head is None or head.pts is None or head.pts < target + period:
                 break
     clip, seen, turn = [], 0, None
-    scaler = VideoReformatter()                         # one for the clip: its set-up costs more than a frame
+    scaler = VideoReformatter()  # one for the clip: its set-up costs more than a frame
     for frame in decoded:
         if frame is None:
             if seen:
-                raise _Damaged("damaged: frames cannot be decoded")
+                raise BadVideo("damaged: frames cannot be decoded")
         elif skip:
             skip -= 1
         elif seen or target is None or (frame.pts is not None and frame.pts >= target):
             if seen % stride == 0:
                 if frame.is_corrupt:
-                    raise _Damaged("damaged: frames are corrupt")
-                turn = turn or _orientation(frame)      # once a clip: each look leaks some bytes in PyAV 18
-                clip.append(_picture(frame, turn, stream, size, scaler))
+                    raise BadVideo("damaged: frames are corrupt")
+                turn = turn or orientation(frame)  # once a clip: each look leaks some bytes in PyAV 18
+                clip.append(to_rgb(frame, turn, stream, size, scaler))
                 if len(clip) == frames:
                     break
             seen += 1
     if len({picture.shape for picture in clip}) > 1:
-        raise _Damaged("the picture's size changes")
+        raise BadVideo("the picture's size changes")
     return clip, seen
 
 
-def _decoded(stream, packets, target=None):
+def decoded_frames(stream, packets, target=None):
     """Yields frames, and None for what cannot be decoded. Skips frames before `target` that no other frame needs."""
     codec = stream.codec_context
-    with contextlib.suppress(av.error.FFmpegError):     # reading fails: the file ends here
+    with contextlib.suppress(av.error.FFmpegError):  # reading fails: the file ends here
         for packet in packets:
             early = target is not None and packet.pts is not None and packet.pts < target
             codec.skip_frame = "NONREF" if early else "DEFAULT"
@@ -322,67 +327,62 @@ def _decoded(stream, packets, target=None):
             yield from frames
 
 
-def _orientation(frame):
-    """(a, b, c, d) of the display matrix, as +-1 and 0 times 65536 unless the picture is skewed."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+def orientation(frame):
+    """(a, b, c, d) of the display matrix: x is shown at a x + c y, and y at b x + d y, times 65536."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")  # (a, b, u, c, d, v, x, y, w)
     a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
     return a, b, c, d
 
 
-def _picture(frame, turn, stream, size, scaler):
-    """A decoded frame -> RGB (H, W, 3): resized by the same call that converts the colours, turned upright, cropped."""
-    a, b, c, d = turn                                   # x' = a x + c y, y' = b x + d y
+def to_rgb(frame, turn, stream, size, scaler):
+    """A decoded frame -> RGB (H, W, 3): resized by the same call that converts the colours, cropped, turned upright."""
+    a, b, c, d = turn
     lying = abs(a) + abs(d) < abs(b) + abs(c)
-    height, width = frame.height, frame.width
-    if size is not None:
-        H, W = pair(size)[::-1] if lying else pair(size)
-        aspect = stream.sample_aspect_ratio or 1
-        wide = width * float(aspect if 0.1 < aspect < 10 else 1)
-        scale = max(H / height, W / wide)
-        height, width = max(H, round(height * scale)), max(W, round(wide * scale))
-    picture = scaler.reformat(frame, width, height, "rgb24", **_SCALING).to_ndarray()
-    if size is not None:
-        top, left = (height - H) // 2, (width - W) // 2
-        picture = picture[top:top + H, left:left + W]
+    aspect = min(max(float(stream.sample_aspect_ratio or 1), 0.1), 10)  # a pixel's; a broken file may tell anything
+    wide = frame.width * aspect
+    H, W = (frame.height, round(wide)) if size is None else pair(size)[::-1] if lying else pair(size)
+    scale = max(H / frame.height, W / wide)
+    height, width = max(H, round(frame.height * scale)), max(W, round(wide * scale))
+    picture = scaler.reformat(frame, width, height, "rgb24", **SCALING).to_ndarray()
+    top, left = (height - H) // 2, (width - W) // 2
+    picture = picture[top:top + H, left:left + W]
     if lying:
         picture, a, d = picture.swapaxes(0, 1), c, b
     return picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 
-def _to_model(clip):
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets of video files
+
+
+CHECK_AT_MOST = 20_000  # files whose headers VideoFolder reads at once; in larger folders bad ones show later
+
+
+def to_model(clip):
     """np.uint8 (L, H, W, 3) -> float32 (3, L, H, W) in [-1, 1]."""
     return torch.from_numpy(clip).permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
-def _say(text):
-    print(text, file=sys.stderr, flush=True)
+def examples(files):
+    """{reason: a file it holds for} -> the first five of them in words."""
+    return "; ".join(f"{reason} ({file})" for reason, file in list(files.items())[:5])
 
 
-def _reasons(bad):
-    """{name: reason} -> each reason once, with a file it holds for."""
-    once = {reason: name for name, reason in bad.items()}
-    return "; ".join(f"{reason} ({name})" for reason, name in list(once.items())[:5])
-
-
-class _VideoFiles(torch.utils.data.Dataset):
+class VideoFiles(torch.utils.data.Dataset):
     """What the data sets of video files share: clips by (index, draw), and what becomes of files that cannot be read.
 
-    A data set of one's own defines `_locate` and calls `_set_up`.
+    A subclass defines _locate(index) -> (file for read_clip, its name for messages, label, caption), or BadVideo.
+    Raises InputError for frames, size or stride below 1.
     """
 
     classes = []
-    where = ""          # for messages: which files these are
 
-    def _set_up(self, count, frames, size, stride, seed):
+    def __init__(self, where, count, frames, size, stride, seed):
         if frames < 1 or stride < 1 or (size is not None and min(pair(size)) < 1):
             raise InputError(f"frames ({frames}), size ({size}) and stride ({stride}) must be at least 1")
-        self.frames, self.size, self.stride, self.seed = frames, size, stride, seed % 2 ** 63
+        self.where, self.frames, self.size, self.stride, self.seed = where, frames, size, stride, seed
         self.state = torch.zeros(count, dtype=torch.uint8).share_memory_()  # by all workers: 0 not tried, 1 good, 2 bad
         self.reasons = {}
-
-    def _locate(self, index):
-        """-> (file for read_clip, name for messages, label, caption). May raise BadVideo."""
-        raise NotImplementedError
 
     def __len__(self):
         return len(self.state)
@@ -396,21 +396,18 @@ class _VideoFiles(torch.utils.data.Dataset):
             rng = np.random.default_rng([self.seed, index, draw])
             clip = read_clip(file, self.frames, self.size, self.stride, rng)
         except BadVideo as e:
-            if self.state[index] != 2:
-                self.state[index] = 2
-                tried, bad = int((self.state > 0).sum()), int((self.state == 2).sum())
-                self.reasons[name] = str(e)
-                _say(f"left out: {name}: {e} ({bad} of {tried} files tried)")
-                if 2 * bad > max(tried, min(len(self), 32)):
-                    raise self._half_bad(bad, tried) from None
+            known = self.state[index] == 2
+            self.state[index] = 2
+            tried, bad = int((self.state > 0).sum()), int((self.state == 2).sum())
+            if not known:
+                say(f"left out: {name}: {e} ({bad} of {tried} files tried)")
+            self.reasons.setdefault(str(e), name)
+            if 2 * bad > max(tried, min(len(self), 32)):
+                raise InputError(f"{bad} of the {tried} files tried in {self.where} cannot be used, more than half: "
+                                 f"{examples(self.reasons)}") from None
             raise
-        if self.state[index] == 0:
-            self.state[index] = 1
-        return {"video": _to_model(clip), "label": label, "caption": caption}
-
-    def _half_bad(self, bad, tried):
-        return InputError(f"{bad} of the {tried} files tried in {self.where} cannot be used, more than half: "
-                          + _reasons(self.reasons))
+        self.state[index] = 1
+        return dict(video=to_model(clip), label=label, caption=caption)
 
     def __getitem__(self, key):
         """key: an index, or (index, draw), where draw (0, 1, ...) says which of the video's random clips. The same
@@ -420,15 +417,13 @@ class _VideoFiles(torch.utils.data.Dataset):
         index = chosen = range(len(self))[index]
         others = np.random.default_rng([self.seed, index, draw, 1])
         while True:
-            if self.state[chosen] != 2:
-                with contextlib.suppress(BadVideo):
-                    return self.read(chosen, draw)
-            if bool((self.state == 2).all()):
-                raise self._half_bad(len(self), len(self))
-            chosen = int(others.integers(len(self)))
+            try:
+                return self.read(chosen, draw)
+            except BadVideo:
+                chosen = int(others.integers(len(self)))
 
 
-class VideoFolder(_VideoFiles):
+class VideoFolder(VideoFiles):
     """Videos in class folders, as UCF-101 has them: root/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi.
 
     A class is a first-level folder of `root` (its files may lie deeper), numbered in alphabetical order; a caption is
@@ -440,7 +435,7 @@ class VideoFolder(_VideoFiles):
     """
 
     def __init__(self, root, frames, size, split=None, stride=1, seed=0):
-        self.root = self.where = str(root)
+        self.root = str(root)
         if not os.path.isdir(root):
             raise InputError(f"{root}: no such folder; it should hold videos, in one folder a class")
         files = find_videos(root)
@@ -452,56 +447,51 @@ class VideoFolder(_VideoFiles):
             files = self._select(files, split)
         loose = [file for file in files if self.classes and of[file] not in self.classes]
         if loose:
-            _say(f"{root}: left out {len(loose)} of {len(files)} files, in no class's folder: {', '.join(loose)}")
+            say(f"{root}: left out {len(loose)} of {len(files)} files, in no class's folder: {', '.join(loose)}")
             files = [file for file in files if of[file] in self.classes]
-        files = self._check(files, (frames - 1) * stride + 1)
+        if len(files) <= CHECK_AT_MOST:
+            files = self._check(files, (frames - 1) * stride + 1)
         self.files, self.labels = files, [self.classes.index(of[file]) if self.classes else 0 for file in files]
-        self.captions = [re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[\W_]+", " ", name).strip().lower()
+        # In words: a space where a small letter or digit meets a capital, and for what is neither letter nor digit.
+        self.captions = [re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\W_]+", " ", name).strip().lower()
                          for name in self.classes] or [""]
-        self._set_up(len(files), frames, size, stride, seed)
+        super().__init__(self.root, len(files), frames, size, stride, seed)
 
     def _select(self, files, split):
-        parent = os.path.dirname(os.path.abspath(self.root))
-        places = [os.path.join(base, folder) for base in (self.root, parent)
-                  for folder in ("", "ucfTrainTestlist", "ucfTestTrainlist")]
+        """The files that a list of UCF-101's kind names. Sets the classes from the classInd.txt beside it."""
+        places = [os.path.join(base, folder) for base in (self.root, os.path.dirname(os.path.abspath(self.root)))
+                  for folder in ("", "ucfTrainTestlist")]
         lists = [path for path in [split] + [os.path.join(place, split) for place in places] if os.path.isfile(path)]
         if not lists:
             raise InputError(f"split {split}: no such file, neither by that path nor in {', '.join(places)}")
-        with open(lists[0], encoding="utf-8-sig", errors="surrogateescape") as f:
-            names = [re.sub(r"\s+\d+$", "", line.strip()) for line in f if line.strip()]    # "Class/file.avi 1"
-        listed = {os.path.splitext(name.replace("/", os.sep))[0] for name in names}     # .avi may have become .mp4
+        with open(lists[0], encoding="utf-8-sig", errors="surrogateescape") as file:
+            names = [re.sub(r"\s+\d+$", "", line.strip()) for line in file if line.strip()]  # "Class/file.avi 1"
+        listed = {os.path.splitext(name.replace("/", os.sep))[0] for name in names}  # .avi may have become .mp4
         found = [file for file in files if os.path.splitext(file)[0] in listed]
         if not found:
             raise InputError(f"{lists[0]} lists none of the videos in {self.root}: it has names like "
                              f"{names[0] if names else '(nothing)'}, the folder has {files[0]}")
         if len(found) < len(listed):
-            _say(f"{lists[0]}: {len(listed) - len(found)} of its {len(listed)} videos are not in {self.root}")
+            say(f"{lists[0]}: {len(listed) - len(found)} of its {len(listed)} videos are not in {self.root}")
         index = os.path.join(os.path.dirname(lists[0]), "classInd.txt")
         if os.path.isfile(index):
-            with open(index, encoding="utf-8-sig") as f:
-                self.classes = [name for _, name in sorted((int(n), name) for n, name in map(str.split, f) if name)]
+            with open(index, encoding="utf-8-sig") as file:
+                rows = [line.split() for line in file if line.strip()]  # "1 ApplyEyeMakeup"
+            self.classes = [name for _, name in sorted((int(number), name) for number, name in rows)]
         return found
 
     def _check(self, files, span):
-        """Leaves out what cannot be read."""
-        if len(files) > CHECK_AT_MOST:
-            return files
-
-        def check(file):
-            try:
-                check_video(os.path.join(self.root, file), span)
-            except BadVideo as e:
-                return str(e)
-
-        with concurrent.futures.ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
-            bad = {file: reason for file, reason in zip(files, pool.map(check, files)) if reason}
-        if bad and os.environ.get("RANK", "0") == "0":      # every rank finds the same
-            _say(f"{self.root}: left out {len(bad)} of {len(files)} files:\n"
-                 + "\n".join(f"  {file}: {reason}" for file, reason in bad.items()))
+        """The files that have `span` frames; says which are left out, and why."""
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            faults = pool.map(lambda file: fault(os.path.join(self.root, file), span), files)
+            bad = {file: reason for file, reason in zip(files, faults) if reason}
+        if bad and os.environ.get("RANK", "0") == "0":  # every rank finds the same
+            say(f"{self.root}: left out {len(bad)} of {len(files)} files:\n"
+                + "\n".join(f"  {file}: {reason}" for file, reason in bad.items()))
         unreadable = [reason for reason in bad.values() if not reason.startswith("too short")]
         if len(bad) == len(files) or 2 * len(unreadable) > len(files):
             raise InputError(f"{self.root}: {len(bad)} of {len(files)} videos cannot be used ({span} frames are needed "
-                             f"of each): {_reasons(bad)}")
+                             f"of each): {examples({reason: file for file, reason in bad.items()})}")
         return [file for file in files if file not in bad]
 
     def _locate(self, index):
@@ -509,174 +499,115 @@ class VideoFolder(_VideoFiles):
         return os.path.join(self.root, self.files[index]), self.files[index], label, self.captions[label]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Captioned videos
+def csv_rows(path):
+    """The byte at which each row of a CSV file starts, that with the columns too: int64 (rows,). Skips blank lines.
 
-_CLOSED = re.compile(rb'(?:^|,)"(?:[^"]|"")*"')      # a whole quoted field
-_OPENED = re.compile(rb'(?:^|,)"')                   # after those are taken out: a field that goes on in the next line
-
-
-def _csv_rows(path, chunk=1 << 26):
-    """Where the rows of a CSV file start, and its end: int64 (rows + 1,). Quoted fields may hold line breaks.
-
-    numpy finds line breaks and quotes; only lines with an odd number of quotes are looked at one by one.
+    Raises InputError where a quote that is not closed swallows more than a field can hold.
     """
-    starts, opened, base, rest, block = [np.zeros(1, np.int64)], False, 0, b"", True
-    with open(path, "rb") as f:
-        while block:
-            block = f.read(chunk)
-            text = rest + block
-            cut = text.rfind(b"\n") + 1 if block else len(text)
-            text, rest = text[:cut], text[cut:]
-            codes = np.frombuffer(text, np.uint8)
-            ends = np.flatnonzero(codes == 10) + 1       # behind each line break
-            if cut and text[-1] != 10:
-                ends = np.append(ends, cut)
-            keep = np.ones(len(ends), bool)              # line ends that are row ends
-            quotes = np.searchsorted(np.flatnonzero(codes == 34), ends)
-            since = 0 if opened else None                # the line in which the open quoted field began
-            for i in np.flatnonzero(np.diff(quotes, prepend=0) % 2).tolist():
-                if since is not None:                    # closed here
-                    keep[since:i], since = False, None
-                elif _OPENED.search(_CLOSED.sub(b",", text[ends[i - 1] if i else 0:ends[i]])):
-                    since = i
-            opened = since is not None
-            if opened:
-                keep[since:] = False
-            starts.append(base + ends[keep])
-            base += cut
-        if opened:                                       # never closed: the rest of the file is one row
-            starts.append(np.array([base]))
-        starts = np.concatenate(starts)
-        blank = []
-        for i in np.flatnonzero(np.diff(starts) <= 2).tolist():
-            f.seek(starts[i])
-            if not f.read(int(starts[i + 1] - starts[i])).strip():
-                blank.append(i)
-    return np.delete(starts, blank)
+    starts, start, end = array.array("q"), 0, 0
+
+    def lines():  # csv.reader takes as many as a row needs: several where a quoted field holds line breaks
+        nonlocal end
+        with open(path, "rb") as file:
+            for line in file:
+                end += len(line)
+                yield line.decode("latin-1").replace("\r", "")  # any bytes will do: only commas and quotes matter here
+
+    reader = csv.reader(lines())
+    try:
+        for row in reader:
+            if row:
+                starts.append(start)
+            start = end
+    except csv.Error as e:
+        raise InputError(f"{path}, line {reader.line_num}: {e}; is a quote not closed?") from None
+    return np.array(starts, np.int64)
 
 
-def _tar_rows(path):
-    """Header positions of a .tar's samples: int64 (N, 2), video and caption (0: none; negative: a .json)."""
-    samples, offset, size, long_name = {}, 0, os.path.getsize(path), None
-    with open(path, "rb", buffering=0) as f:
-        while len(header := os.pread(f.fileno(), 512, offset)) == 512 and header[0]:
-            kind, length = header[156:157], _tar_length(header)
-            if kind in b"Lx" and length < 1 << 20:       # a long name for the next member: GNU's way, PAX's way
-                text = os.pread(f.fileno(), length, offset + 512)
-                match = re.search(rb"\d+ path=([^\n]*)\n", text) if kind == b"x" else re.match(rb"([^\0]*)", text)
-                long_name = match[1] if match else long_name
-            elif kind in b"0\0":
-                name = long_name or header[:100].partition(b"\0")[0]
-                key, _, ending = os.fsdecode(name).lower().rpartition(".")
-                if "." + ending in VIDEO_ENDINGS and 0 < length <= size - offset - 512:   # else: cut off
-                    samples.setdefault(key, [0, 0])[0] = offset + 1
-                elif ending == "txt" or (ending == "json" and not samples.get(key, (0, 0))[1]):
-                    samples.setdefault(key, [0, 0])[1] = offset + 1 if ending == "txt" else -offset - 1
-                long_name = None
-            offset += 512 + (length + 511) // 512 * 512
-    return np.array([s for s in samples.values() if s[0]], np.int64).reshape(-1, 2)
+def tar_rows(path):
+    """Where the samples of a .tar lie: int64 (N, 3), the first byte of the video, its .txt and its .json; 0: none."""
+    samples = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, ending = member.name.lower().rpartition(".")
+                column = 0 if "." + ending in VIDEO_ENDINGS else {"txt": 1, "json": 2}.get(ending)
+                if member.isfile() and member.size and column is not None:
+                    samples.setdefault(key, [0, 0, 0])[column] = member.offset_data
+    except (OSError, tarfile.TarError) as e:
+        say(f"{path}: {e}; {len(samples)} samples before that")
+    return np.array([sample for sample in samples.values() if sample[0]], np.int64).reshape(-1, 3)
 
 
-def _tar_length(header):
-    field = header[124:136]
-    return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.strip(b" \0") or b"0", 8)
-
-
-class CaptionedVideos(_VideoFiles):
+class CaptionedVideos(VideoFiles):
     """Videos with captions, for text-to-video. `csv` is one of
     - a CSV file with the columns videoid, page_dir, name (WebVid's; the file is root/page_dir/videoid.mp4),
     - a CSV file with the columns path, caption (path relative to `root`, or absolute),
     - a .tar or a folder of them as video2dataset writes them: N.mp4 with N.txt or N.json ("caption"); root is not used.
 
-    Rows stay on disk; a process holds 8 bytes a row (.tar: 16). Missing and broken files are replaced when they are
-    met, counted, and named on stderr. No classes: label 0. Items as VideoFolder's.
+    root: None is the CSV's own folder. Rows stay on disk; a process holds 8 bytes a row (.tar: 24). Missing and broken
+    files are replaced when they are met, counted, and named on stderr. No classes: label 0. Items as VideoFolder's.
     Raises InputError: no such file, other columns, no rows; later, more than half of the files tried unreadable.
     """
 
     def __init__(self, csv, root, frames, size, stride=1, seed=0):
-        self.csv = self.where = str(csv)
-        self.root = str(root) if root is not None else os.path.dirname(os.path.abspath(csv))
-        self.tars = []
-        if os.path.isdir(csv) or self.csv.endswith(".tar"):
-            self._index_tars()
+        self.csv = str(csv)
+        self.root = os.path.dirname(os.path.abspath(csv)) if root is None else str(root)
+        if os.path.isdir(csv):
+            self.tars = sorted(os.path.join(csv, name) for name in os.listdir(csv) if name.endswith(".tar"))
+            if not self.tars:
+                raise InputError(f"{csv}: a folder without .tar files; give a .csv file or a folder of .tar files")
         elif os.path.isfile(csv):
-            self._index_csv()
+            self.tars = [self.csv] if self.csv.endswith(".tar") else []
         else:
             raise InputError(f"{csv}: no such file; give a .csv file, a .tar, or a folder of .tar files")
-        self._set_up(len(self.rows) - 1 if not self.tars else len(self.rows), frames, size, stride, seed)
-        if len(self) == 0:
-            raise InputError(f"{csv}: no rows" if not self.tars else f"{csv}: no videos in its .tar files")
+        if self.tars:
+            with concurrent.futures.ProcessPoolExecutor(8) as pool:
+                parts = list(pool.map(tar_rows, self.tars))
+            self.rows, self.ends = np.concatenate(parts), np.cumsum([len(part) for part in parts])
+        else:
+            rows = csv_rows(csv)
+            self.columns, self.rows = self._row(rows[0]) if len(rows) else [], rows[1:]
+            self.webvid = {"videoid", "page_dir", "name"} <= set(self.columns)
+            if not self.webvid and not {"path", "caption"} <= set(self.columns):
+                raise InputError(f"{csv}: its columns are {', '.join(self.columns)[:200] or '(none)'}; needed are "
+                                 "videoid, page_dir and name (WebVid's) or path and caption")
+        if not len(self.rows):
+            raise InputError(f"{csv}: no videos in its .tar files" if self.tars else f"{csv}: no rows")
+        super().__init__(self.csv, len(self.rows), frames, size, stride, seed)
 
-    def _index_csv(self):
-        self.rows = _csv_rows(self.csv)
-        self.columns = self._row(0) if len(self.rows) > 1 else []
-        self.columns[:1] = [name.removeprefix("\ufeff") for name in self.columns[:1]]
-        self.rows = self.rows[1:]
-        for self.needed in (("videoid", "page_dir", "name"), ("path", "caption")):
-            if set(self.needed) <= set(self.columns):
-                return
-        raise InputError(f"{self.csv}: its columns are {', '.join(self.columns)[:200] or '(none)'}; needed are "
-                         "videoid, page_dir and name (WebVid's) or path and caption")
-
-    def _index_tars(self):
-        folder = [self.csv] if os.path.isfile(self.csv) else sorted(
-            os.path.join(self.csv, name) for name in os.listdir(self.csv) if name.endswith(".tar"))
-        self.tars = folder
-        if not folder:
-            raise InputError(f"{self.csv}: a folder without .tar files; give a .csv file or a folder of .tar files")
-
-        def index(path):
-            try:
-                return _tar_rows(path)
-            except (OSError, ValueError) as e:
-                _say(f"left out: {path}: {e}")
-                return np.zeros((0, 2), np.int64)
-
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:      # waiting for a disk, mostly
-            parts = list(pool.map(index, folder))
-        self.rows = np.concatenate(parts)                            # (N, 2)
-        self.ends = np.cumsum([len(part) for part in parts])
-
-    def _row(self, i):
-        with open(self.csv, "rb") as f:
-            f.seek(self.rows[i])
-            text = f.read(self.rows[i + 1] - self.rows[i]).decode("utf-8", errors="replace")
-        try:
-            return next(csv.reader(io.StringIO(text, newline="")), [])
-        except csv.Error as e:
-            raise BadVideo(f"row cannot be parsed: {e}") from None
+    def _row(self, start):
+        with open(self.csv, "rb") as file:
+            file.seek(start)
+            return next(csv.reader(line.decode("utf-8-sig", "replace").replace("\r", "") for line in file))
 
     def _locate(self, index):
         if self.tars:
             return self._locate_in_tar(index)
-        row = dict(zip(self.columns, self._row(index)))
-        if any(name not in row for name in self.needed):
-            raise BadVideo(f"a row of {len(row)} columns, the first row has {len(self.columns)}")
-        if len(self.needed) == 3:
-            path = os.path.join(row["page_dir"], row["videoid"] + ".mp4")
-        else:
-            path = row["path"]
-        return os.path.join(self.root, path), path, 0, row[self.needed[-1]]
+        row = dict(zip(self.columns, self._row(self.rows[index])))
+        try:
+            path = os.path.join(row["page_dir"], row["videoid"] + ".mp4") if self.webvid else row["path"]
+            return os.path.join(self.root, path), path, 0, row["name" if self.webvid else "caption"]
+        except KeyError:
+            raise BadVideo(f"a row of {len(row)} columns, the first row has {len(self.columns)}") from None
 
     def _locate_in_tar(self, index):
-        path = os.path.abspath(self.tars[int(np.searchsorted(self.ends, index, "right"))])
-        video, caption = self.rows[index].tolist()
-        text = ""
+        path = os.path.abspath(self.tars[np.searchsorted(self.ends, index, "right")])
+        video, txt, info = self.rows[index].tolist()
         try:
-            with open(path, "rb") as f:
-                f.seek(video - 1)
-                header = f.read(512)
-                name, first = os.fsdecode(header[:100].partition(b"\0")[0]), video - 1 + 512
-                part = f"subfile,,start,{first},end,{first + _tar_length(header)},,:{path}"
-                if caption:
-                    f.seek(abs(caption) - 1)
-                    text = f.read(_tar_length(f.read(512))).decode("utf-8", errors="replace").strip()
-            if caption < 0:
+            with open(path, "rb") as file:
+
+                def header(first):  # of the member whose content starts there
+                    file.seek(first - tarfile.BLOCKSIZE)
+                    return tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+
+                name, end = header(video).name, video + header(video).size
+                text = file.read(header(txt or info).size).decode("utf-8", "replace").strip() if txt or info else ""
+            if info and not txt:
                 text = str(json.loads(text).get("caption") or "")
-        except (OSError, ValueError, AttributeError) as e:
+        except (OSError, tarfile.TarError, ValueError, AttributeError) as e:
             raise BadVideo(str(e)) from None
-        return part, f"{os.path.basename(path)}/{name}", 0, text
+        return f"subfile,,start,{video},end,{end},,:{path}", f"{os.path.basename(path)}/{name}", 0, text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -692,67 +623,51 @@ def to_uint8(video):
     return video.expand(3, -1, -1, -1).permute(1, 2, 3, 0).contiguous().numpy()
 
 
-def tile(videos, columns=None, gap=2):
-    """Equally large videos side by side, in rows of `columns` (None: about a square): np.uint8 (L, H', W', 3)."""
-    videos = np.stack([to_uint8(video) for video in videos])                     # (N, L, H, W, 3)
-    columns = columns or math.ceil(math.sqrt(len(videos)))
+def tile(videos, columns):
+    """Equally large videos side by side, in rows of `columns`, 2 pixels apart: np.uint8 (L, H', W', 3)."""
+    videos = np.stack([to_uint8(video) for video in videos])  # (N, L, H, W, 3)
     rows = math.ceil(len(videos) / columns)
-    videos = np.pad(videos, [(0, rows * columns - len(videos)), (0, 0), (0, gap), (0, gap), (0, 0)])
-    n, L, H, W, _ = videos.shape
-    videos = videos.reshape(rows, columns, L, H, W, 3).transpose(2, 0, 3, 1, 4, 5)
-    return videos.reshape(L, rows * H, columns * W, 3)[:, :rows * H - gap, :columns * W - gap]
-
-
-@contextlib.contextmanager
-def _aside(path):
-    """Yields a name to write to; what was written there becomes `path` at the end, or vanishes if writing fails."""
-    temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}-{os.path.basename(path)}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    videos = np.pad(videos, [(0, rows * columns - len(videos)), (0, 0), (0, 2), (0, 2), (0, 0)])
+    _, L, H, W, _ = videos.shape
+    videos = videos.reshape(rows, columns, L, H, W, 3).transpose(2, 0, 3, 1, 4, 5)  # (L, rows, H, columns, W, 3)
+    return videos.reshape(L, rows * H, columns * W, 3)[:, :-2, :-2]
 
 
 def write_video(path, video, fps):
     """Writes a video, float (C, L, H, W) in [-1, 1] or uint8 (L, H, W, 3), as the name's ending says: .mp4 (H.264 that
     plays everywhere; odd sides grow by one pixel, which repeats the edge) or .gif (256 colours chosen for this video,
-    plays for ever). The file appears whole or not at all."""
-    path, video = os.fspath(path), to_uint8(video)
-    ending = os.path.splitext(path)[1].lower()
-    if ending not in (".mp4", ".gif"):
-        raise InputError(f"{path}: videos are written as .mp4 or .gif")
-    mp4 = ending == ".mp4"
-    if mp4:
+    plays for ever). The file appears whole or not at all. Raises InputError for another ending."""
+    ending, video = os.path.splitext(path)[1].lower(), to_uint8(video)
+    if ending == ".mp4":
         video = np.pad(video, [(0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)], mode="edge")
-        frames = (av.VideoFrame.from_ndarray(picture, format="rgb24") for picture in video)
-    else:       # .gif counts hundredths of a second, and viewers slow down what is quicker than 50 a second
-        frames, fps = _palette_frames(video), min(fps, 50)
-    scaler = VideoReformatter()  # and _SCALING's one thread: with several, the same video gives other bytes each time
-    # faststart: a browser plays the .mp4 while it loads.
-    with _aside(path) as temporary, av.open(temporary, "w", format=ending[1:],
-                                            options={"movflags": "faststart"} if mp4 else {}) as f:
-        stream = f.add_stream("libx264" if mp4 else "gif", rate=Fraction(fps).limit_denominator(1001))
+        scaler = VideoReformatter()  # SCALING's one thread: with several, the same video gives other bytes each time
+        frames = (scaler.reformat(av.VideoFrame.from_ndarray(picture, format="rgb24"), format="yuv420p",
+                                  dst_colorspace="ITU709", **SCALING) for picture in video)
+        codec, pix_fmt, options = "libx264", "yuv420p", {"crf": "18"}
+    elif ending == ".gif":  # counts hundredths of a second, and viewers slow down what is quicker than 50 a second
+        frames, fps = palette_frames(video), min(fps, 50)
+        codec, pix_fmt, options = "gif", "pal8", {}
+    else:
+        raise InputError(f"{path}: videos are written as .mp4 or .gif")
+    with aside(path) as temporary, av.open(temporary, "w", format=ending[1:]) as file:
+        stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = video.shape[1:3]
-        stream.pix_fmt, stream.options = ("yuv420p", {"crf": "18"}) if mp4 else ("pal8", {})
-        if mp4:     # colours by BT.709 in the limited range, and the file says so
-            codec = stream.codec_context
-            codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
+        stream.pix_fmt, stream.options = pix_fmt, options
+        if ending == ".mp4":  # the file says how its colours were converted: by BT.709, to the limited range
+            of = stream.codec_context
+            of.colorspace = of.color_primaries = of.color_trc = of.color_range = 1
         for i, frame in enumerate(frames):
-            if mp4:
-                frame = scaler.reformat(frame, format="yuv420p", dst_colorspace="ITU709", **_SCALING)
             frame.pts = i
-            f.mux(stream.encode(frame))
-        f.mux(stream.encode())
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
 
 
-def _palette_frames(video):
-    """Frames for a .gif. One palette for the whole video and no dithering: what stands still does not flicker. Written
-    by PyAV, since Pillow drops frames that repeat the one before."""
+def palette_frames(video):
+    """np.uint8 (L, H, W, 3) -> frames for a .gif. One palette for the whole video and no dithering: what stands still
+    does not flicker. Written by PyAV, since Pillow drops frames that repeat the one before."""
     L, H, W, _ = video.shape
     palette = Image.fromarray(video.reshape(L * H, W, 3)).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
-    colours = np.full((256, 4), 255, np.uint8)                                  # (256, ARGB)
+    colours = np.full((256, 4), 255, np.uint8)  # (256, ARGB)
     rgb = np.array(palette.getpalette(), np.uint8).reshape(-1, 3)
     colours[:len(rgb), 1:] = rgb
     for picture in video:
@@ -760,20 +675,21 @@ def _palette_frames(video):
         yield av.VideoFrame.from_ndarray((indices, colours), format="pal8")
 
 
-def write_sheet(path, videos, columns=2, captions=None, frames=9, least=96):
-    """One .png to look at: each video is a strip of up to `frames` frames, evenly spread, under its caption; `columns`
-    strips side by side. Pictures smaller than `least` pixels are shown larger, by whole factors, pixel by pixel."""
+def write_sheet(path, videos, columns, captions=None, frames=9):
+    """One .png to look at: each video (float or uint8, as for write_video) is a strip of up to `frames` frames, evenly
+    spread, under its caption; `columns` strips side by side. Small pictures are enlarged, pixel by pixel, to 96 pixels
+    or more."""
     videos = [to_uint8(video) for video in videos]
-    captions = list(captions or [""] * len(videos))
+    captions = captions or [""] * len(videos)
     strips = []
     for video in videos:
         video = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
-        video = video.repeat(-(-least // min(video.shape[1:3])), 1).repeat(-(-least // min(video.shape[1:3])), 2)
-        video = np.pad(video, [(0, 0), (0, 0), (0, 2), (0, 0)], constant_values=255)
-        strips.append(video.transpose(1, 0, 2, 3).reshape(video.shape[1], -1, 3))       # (H, frames * (W + 2), 3)
+        times = math.ceil(96 / min(video.shape[1:3]))
+        video = np.pad(video.repeat(times, 1).repeat(times, 2), [(0, 0), (0, 0), (0, 2), (0, 0)], constant_values=255)
+        strips.append(Image.fromarray(np.concatenate(list(video), 1)))  # (H, frames * (W + 2), 3)
     text, gap = 20 if any(captions) else 0, 10
-    height, width = (max(strip.shape[i] for strip in strips) + gap for i in (0, 1))
-    columns = max(1, min(columns, len(strips)))
+    width, height = (max(strip.size[i] for strip in strips) + gap for i in (0, 1))
+    columns = min(columns, len(strips))
     sheet = Image.new("RGB", (columns * width + gap, math.ceil(len(strips) / columns) * (height + text) + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, (strip, caption) in enumerate(zip(strips, captions)):
@@ -781,8 +697,8 @@ def write_sheet(path, videos, columns=2, captions=None, frames=9, least=96):
         while caption and draw.textlength(caption, font) > width - gap:
             caption = caption[:-4].rstrip() + "..."
         draw.text((x, y), caption, "black", font)
-        sheet.paste(Image.fromarray(strip), (x, y + text))
-    with _aside(os.fspath(path)) as temporary:
+        sheet.paste(strip, (x, y + text))
+    with aside(path) as temporary:
         sheet.save(temporary, format="PNG")
 
 
@@ -794,35 +710,41 @@ def write_sheet(path, videos, columns=2, captions=None, frames=9, least=96):
 #   index.json                what was encoded and by which autoencoder; "complete" once every shard is there
 #   shard-00000/content.npy   float16 (N, C, H, W)        content frames
 #               motion.npy    float16 (N, D, L, H'+W')    motion latents, as the autoencoder gives them
-#               clips.jsonl   one line a clip: {"label": 3, "caption": "...", "source": "..."}
+#               clips.jsonl   one line a clip: {"label": 3, "caption": "..."}
 #               lines.npy     int64 (N+1,)                where each line starts
 #               shard.json    {"clips": N, "crc32": {file: checksum}, "bytes": {file: size}}
+
+
+def write_json(path, content):
+    """The file appears whole or not at all."""
+    with aside(path) as temporary, open(temporary, "w") as file:
+        json.dump(content, file, indent=1)
 
 
 def write_shard(folder, number, content, motion, records, **extra):
     """Writes one shard whole or not at all: into a folder aside, which then takes its name.
 
     content (N, C, H, W) and motion (N, D, L, H'+W') are arrays, records N dicts. `extra` goes into shard.json.
+    Raises InputError where it cannot be written.
     """
-    final = os.path.join(folder, f"shard-{number:05d}")
-    aside = os.path.join(folder, f"tmp-{number:05d}")
+    final, temporary = os.path.join(folder, f"shard-{number:05d}"), os.path.join(folder, f"tmp-{number:05d}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        os.makedirs(aside)
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
         lines = [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records]
-        np.save(os.path.join(aside, "content.npy"), np.asarray(content, np.float16))
-        np.save(os.path.join(aside, "motion.npy"), np.asarray(motion, np.float16))
-        np.save(os.path.join(aside, "lines.npy"), np.cumsum([0] + [len(line) for line in lines]).astype(np.int64))
-        with open(os.path.join(aside, "clips.jsonl"), "wb") as file:
+        np.save(os.path.join(temporary, "content.npy"), np.asarray(content, np.float16))
+        np.save(os.path.join(temporary, "motion.npy"), np.asarray(motion, np.float16))
+        np.save(os.path.join(temporary, "lines.npy"), np.cumsum([0] + [len(line) for line in lines]).astype(np.int64))
+        with open(os.path.join(temporary, "clips.jsonl"), "wb") as file:
             file.writelines(lines)
-        names = sorted(os.listdir(aside))
-        info = dict(clips=len(records), crc32={name: crc32(os.path.join(aside, name)) for name in names})
-        info["bytes"] = {name: os.path.getsize(os.path.join(aside, name)) for name in names}
-        write_json(os.path.join(aside, "shard.json"), info | extra)
-        os.rename(aside, final)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise InputError(f"cannot write {final}: {error.strerror or error}; mend it and repeat with --encode") from None
+        paths = sorted(pathlib.Path(temporary).iterdir())
+        info = dict(clips=len(records), crc32={path.name: zlib.crc32(path.read_bytes()) for path in paths},
+                    bytes={path.name: path.stat().st_size for path in paths})
+        write_json(os.path.join(temporary, "shard.json"), info | extra)
+        os.rename(temporary, final)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"cannot write {final}: {e.strerror or e}; mend it and repeat with --encode") from None
 
 
 def check_shard(folder, checksums=True):
@@ -831,37 +753,35 @@ def check_shard(folder, checksums=True):
     try:
         with open(os.path.join(folder, "shard.json")) as file:
             info = json.load(file)
-        for name, size in info["bytes"].items():
-            path = os.path.join(folder, name)
-            if os.path.getsize(path) != size or (checksums and crc32(path) != info["crc32"][name]):
-                raise InputError(f"{path} is damaged: {mend}")
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder} is not a whole shard ({error}): {mend}") from None
+        damaged = [path for path in map(pathlib.Path(folder).joinpath, info["bytes"])
+                   if path.stat().st_size != info["bytes"][path.name]
+                   or (checksums and zlib.crc32(path.read_bytes()) != info["crc32"][path.name])]
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"{folder} is not a whole shard ({e}): {mend}") from None
+    if damaged:
+        raise InputError(f"{damaged[0]} is damaged: {mend}")
     return info
 
 
-def crc32(path):
-    with open(path, "rb") as file:
-        value = 0
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
+@functools.lru_cache(maxsize=128)
+def open_shard(folder):
+    """content, motion, lines and text of a shard, memory-mapped."""
+    arrays = [np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in ("content", "motion", "lines")]
+    return *arrays, np.memmap(os.path.join(folder, "clips.jsonl"), mode="r")
 
 
 class EncodedClips(torch.utils.data.Dataset):
-    """The encodings of a run folder, memory-mapped: a clip costs one small read, whatever the size of the set.
+    """The encodings of a run folder: a clip costs one small read, whatever the size of the set.
 
     Items: content (C, H, W) and motion (D, L, H'+W') float32, label int, caption str. Raises InputError where there are
-    none, the encoding was interrupted, or a shard is damaged (sizes always; checksums up to 1 GiB in all).
+    none, they are not of `data`, the encoding was interrupted, the run's autoencoder is another one, or a shard is
+    damaged (sizes always; checksums up to 1 GiB in all).
     """
 
     def __init__(self, run, data=None):
-        self.folder = os.path.join(run, "encodings")
-        command = f"`python autoencoder.py --run {run} --encode`"
+        folder, command = os.path.join(run, "encodings"), f"`python autoencoder.py --run {run} --encode`"
         try:
-            with open(os.path.join(self.folder, "index.json")) as file:
+            with open(os.path.join(folder, "index.json")) as file:
                 self.index = json.load(file)
         except (OSError, ValueError):
             raise InputError(f"no encodings in {run}: train with `python autoencoder.py --run {run}`, or encode with "
@@ -875,47 +795,26 @@ class EncodedClips(torch.utils.data.Dataset):
         if os.path.exists(model) and load_checkpoint(model, "autoencoder")["fingerprint"] != self.index["fingerprint"]:
             raise InputError(f"the encodings in {run} were made by another autoencoder than its autoencoder.pt: make "
                              f"them anew with {command}")
-        self.classes, self.shards = self.index["classes"], self.index["shards"]
+        self.classes = self.index["classes"]
         self.content_shape, self.motion_shape = tuple(self.index["content"]), tuple(self.index["motion"])
         self.motion_mean, self.motion_std = (  # (D, 1, 1), over all clips
             torch.tensor(self.index[name])[:, None, None] for name in ("motion_mean", "motion_std"))
         small = self.index["clips"] * (np.prod(self.content_shape) + np.prod(self.motion_shape)) * 2 < 2**30
-        sizes = [check_shard(self.shard(k), checksums=small)["clips"] for k in range(self.shards)]
-        self.ends = np.cumsum(sizes)
-        self.open = functools.lru_cache(maxsize=128)(self.open_shard)
-
-    def shard(self, number):
-        return os.path.join(self.folder, f"shard-{number:05d}")
-
-    def open_shard(self, number):
-        arrays = [np.load(os.path.join(self.shard(number), f"{name}.npy"), mmap_mode="r")
-                  for name in ("content", "motion", "lines")]
-        return *arrays, np.memmap(os.path.join(self.shard(number), "clips.jsonl"), mode="r")
-
-    def __getstate__(self):  # workers open their own maps
-        return {name: value for name, value in self.__dict__.items() if name != "open"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self.open = functools.lru_cache(maxsize=128)(self.open_shard)
+        self.shards = [os.path.join(folder, f"shard-{number:05d}") for number in range(self.index["shards"])]
+        self.ends = np.cumsum([check_shard(shard, checksums=small)["clips"] for shard in self.shards])
 
     def __len__(self):
         return int(self.ends[-1])
 
     def __getitem__(self, key):
-        index = key[0] if isinstance(key, tuple) else key
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[key[0] if isinstance(key, tuple) else key]
         number = int(np.searchsorted(self.ends, index, side="right"))
-        content, motion, lines, text = self.open(number)
         row = index - (int(self.ends[number - 1]) if number else 0)
-        record = json.loads(text[lines[row] : lines[row + 1]].tobytes())
-        return dict(
-            content=torch.from_numpy(content[row].astype(np.float32)),
-            motion=torch.from_numpy(motion[row].astype(np.float32)),
-            label=record["label"],
-            caption=record["caption"],
-        )
+        content, motion, lines, text = open_shard(self.shards[number])
+        record = json.loads(text[lines[row]:lines[row + 1]].tobytes())
+        return dict(content=torch.from_numpy(content[row].astype(np.float32)),
+                    motion=torch.from_numpy(motion[row].astype(np.float32)),
+                    label=record["label"], caption=record["caption"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -953,19 +852,17 @@ class BatchKeys:
 
 def stream(dataset, batch_size, seed=0, step=0, workers=0, rank=0, world=1, indices=None):
     """An endless iterator over this rank's batches from `step` on. batch_size: over all ranks; indices: a subset."""
-    if not getattr(dataset, "endless", False):
-        indices = range(len(dataset)) if indices is None else indices
-    keys = BatchKeys(indices, batch_size, seed, step, rank, world)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
-        worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None,
-    )
-    return iter(loader)
+    if indices is None and not getattr(dataset, "endless", False):
+        indices = range(len(dataset))
+    return iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=BatchKeys(indices, batch_size, seed, step, rank, world), num_workers=workers,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None))
 
 
 def quiet_worker(_):
-    # Ctrl-C, and the SIGTERM of torchrun or a scheduler, reach the workers too, but the main process alone answers
-    # them: should a worker end before it has saved, it would end with an error. One thread each: they are many.
+    """A loader's worker begins. Ctrl-C, and the SIGTERM of torchrun or a scheduler, reach the workers too, but the main
+    process alone answers them: should a worker end before it has saved, it would end with an error. One thread each:
+    they are many."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -974,6 +871,7 @@ def quiet_worker(_):
 
 
 def end_when_told():
+    """Ends a worker at its main process's SIGTERM, but at nobody else's."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -982,63 +880,49 @@ def end_when_told():
 def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0):
     """The data set that --data names, as (data set, training indices or None for endless, test set, test indices).
 
-    data: 'shapes', a folder of videos, or with `captions` (a CSV) the folder that its paths start from; a folder of
-    .tar shards is recognised. A folder's test clips are those of testlistNN.txt where --split is trainlistNN.txt and
-    the other lies beside it; elsewhere one file in fifty, at most 64, is kept out of training.
+    data: 'shapes', a folder of videos, a CSV, a .tar or a folder of them; or, with `captions` (a CSV), the folder that
+    its paths start from. A folder's test clips are those of testlistNN.txt where --split is trainlistNN.txt and the
+    other lies beside it; elsewhere one file in fifty, at most 64, is kept out of training.
     """
     if data == "shapes":
         test = MovingShapes(frames, size, seed, split="test")
         return MovingShapes(frames, size, seed), None, test, range(len(test))
     if not os.path.exists(data):
         raise InputError(f"--data {data} does not exist: name a folder of videos, or 'shapes' for the embedded set")
-    if captions:
-        dataset = CaptionedVideos(captions, data, frames, size, stride=stride, seed=seed)
-    elif os.path.isfile(data) and data.endswith(".csv"):
-        dataset = CaptionedVideos(data, os.path.dirname(data) or ".", frames, size, stride=stride, seed=seed)
-    elif glob.glob(os.path.join(glob.escape(data), "*.tar")):
-        dataset = CaptionedVideos(data, data, frames, size, stride=stride, seed=seed)
+    tars = os.path.isdir(data) and any(name.endswith(".tar") for name in os.listdir(data))
+    if captions or tars or data.endswith((".csv", ".tar")):
+        dataset = CaptionedVideos(captions or data, data if captions else None, frames, size, stride, seed)
     else:
-        dataset = VideoFolder(data, frames, size, split=split, stride=stride, seed=seed)
-        other = split and os.path.basename(split).replace("train", "test")
-        if other and other != os.path.basename(split):
-            try:
-                test = VideoFolder(data, frames, size, split=os.path.join(os.path.dirname(split), other), stride=stride,
-                                   seed=seed)
+        dataset = VideoFolder(data, frames, size, split, stride, seed)
+        folder, name = os.path.split(split or "")
+        if "train" in name:
+            with contextlib.suppress(InputError):
+                other = os.path.join(folder, name.replace("train", "test"))
+                test = VideoFolder(data, frames, size, other, stride, seed)
                 return dataset, range(len(dataset)), test, range(len(test))
-            except InputError:
-                pass
     kept = min(64, len(dataset) // 50) or (1 if len(dataset) > 3 else 0)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
     return dataset, np.sort(order[kept:]), dataset, np.sort(order[:kept] if kept else order)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run folder
-
-
-def write_json(path, content):
-    with open(path + ".tmp", "w") as file:
-        json.dump(content, file, indent=1)
-    os.replace(path + ".tmp", path)
+# The run folder: checkpoints and logs
 
 
 def save_checkpoint(path, state):
-    """Writes aside, syncs, renames: a kill at any moment leaves the earlier checkpoint or the new one, whole."""
-    aside = f"{path}.tmp"
+    """Writes aside, syncs, renames: a kill at any moment leaves the earlier checkpoint or the new one, whole. Raises
+    InputError where the disk is full or the like."""
     try:
-        with open(aside, "wb") as file:
+        with aside(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if os.path.exists(aside):
-            os.remove(aside)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        while e.__context__ and not isinstance(e, OSError):
+            e = e.__context__
+        reason = str(getattr(e, "strerror", None) or e).splitlines()[0]
         left = "the earlier checkpoint is whole" if os.path.exists(path) else "nothing was saved"
         free = shutil.disk_usage(os.path.dirname(path) or ".").free / 1e6
-        while error.__context__ and not isinstance(error, OSError):
-            error = error.__context__
-        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise InputError(f"cannot save {path} ({reason}; {free:.0f} MB free on its disk): {left}; free some space and "
                          "go on with --resume") from None
 
@@ -1054,11 +938,11 @@ def load_checkpoint(path, stage):
         raise InputError(f"no {path}: train it first with `python {script[stage]} --run {os.path.dirname(path)}`")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} holds more than tensors and is not loaded: {' '.join(str(error).split())[:200]}"
-                         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0][:200]}") from None
+    except pickle.UnpicklingError as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{path} holds more than tensors and is not loaded: {reason}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        raise InputError(f"{path} is damaged or no checkpoint: {str(e).splitlines()[0][:200]}") from None
     if not isinstance(state, dict) or "stage" not in state:
         raise InputError(f"{path} was not written by {script[stage]}")
     if state["stage"] != stage:
@@ -1075,26 +959,27 @@ def weights_hash(tensors):
 
 
 class Log:
-    """A CSV file, one line a call. Resuming at `step` drops the lines after it, and one of a broken-off interval."""
+    """A CSV file, one line a call. Resuming at `step` drops the lines after it, and those that are not at a multiple of
+    one of `every`: the last line of a run that was broken off or lengthened since."""
 
     def __init__(self, path, columns, step, every):
-        def keep(line):
-            number = int(line.split(",")[0])
-            return line.endswith("\n") and number <= step and any(number % n == 0 for n in every)
-
-        self.columns = columns
-        lines = []
+        self.columns, lines = columns, []
         if step and os.path.exists(path):
             with open(path) as file:
-                lines = [line for line in list(file)[1:] if keep(line)]
-        with open(path + ".tmp", "w") as file:
+                lines = [line for line in file.readlines()[1:] if line.endswith("\n")]  # a kill may have cut the last
+        steps = [int(line.split(",")[0]) for line in lines]
+        lines = [line for line, n in zip(lines, steps) if n <= step and any(n % interval == 0 for interval in every)]
+        with aside(path) as temporary, open(temporary, "w") as file:
             file.writelines([",".join(columns) + "\n"] + lines)
-        os.replace(path + ".tmp", path)
         self.file = open(path, "a", buffering=1)
 
     def __call__(self, **values):
         cells = [values.get(name, "") for name in self.columns]
         self.file.write(",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in cells) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: ranks, signals, errors
 
 
 def start(seed):
@@ -1157,6 +1042,42 @@ class StopSignal:
         return bool(self.asked)
 
 
+def run(main):
+    """Runs a script's main(): an InputError is printed as one line, with no traceback; so are a full disk, a loader's
+    worker that was killed, and the end of another rank."""
+    name, here = os.path.basename(sys.argv[0]), os.path.dirname(os.path.abspath(__file__))
+    usual = warnings.formatwarning
+
+    def brief(message, kind, file, *place):  # our own warnings are for the user: one line, as errors are
+        own = os.path.dirname(os.path.abspath(file)) == here
+        return f"{name}: {message}\n" if own else usual(message, kind, file, *place)
+
+    warnings.formatwarning = brief
+    try:
+        main()
+    except InputError as e:
+        # From a loader's worker the message comes wrapped in the worker's traceback: its last line is the message.
+        sys.exit(f"{name}: {str(e).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
+    except (OSError, RuntimeError) as e:
+        line = " ".join(str(e).split())
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            sys.exit(f"{name}: {line}: free some space and go on with --resume")
+        if line.startswith("DataLoader worker"):
+            sys.exit(f"{name}: {line} Memory may have run out: take fewer --workers, and go on with --resume")
+        if isinstance(e, torch.distributed.DistError) or "gloo" in line:
+            sys.exit(f"{name}: lost the other ranks; the one that ended first says why ({line[-150:]})")
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags, and what the three training loops share
+
+
 class Flags(argparse.ArgumentParser):
     """argparse, but a mistake costs one line, a near miss is named, and --help shows every default."""
 
@@ -1170,41 +1091,39 @@ class Flags(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} ({hint})\n")
 
 
-def parse_flags(parser, presets, stage, argv=None):
+def parse_flags(parser, presets, stage):
     """(flags, checkpoint or None). From weakest to strongest: preset, checkpoint when resuming, command line.
 
-    The preset is the one asked for, or the run folder's own, or 'shapes'. Refuses to start over an existing checkpoint;
-    --resume with none to be found starts afresh, so that one command serves a first start and torchrun's restarts.
+    The preset is the one asked for, or the run folder's own, or 'shapes'. --resume with no checkpoint to be found
+    starts afresh, so that one command serves a first start and torchrun's restarts. Raises InputError where a start
+    would overwrite a checkpoint, and for another preset than the checkpoint's.
     """
-    given, _ = parser.parse_known_args(argv)
-    preset = given.preset
+    given, _ = parser.parse_known_args()
+    preset, encode = given.preset, getattr(given, "encode", False)
     if given.run and not preset:
         with contextlib.suppress(OSError, ValueError, KeyError), open(f"{given.run}/encodings/index.json") as file:
             preset = json.load(file)["preset"]
     run_folder = given.run or f"runs/{preset or 'shapes'}"
     path = os.path.join(run_folder, f"{stage}.pt")
-    checkpoint = None
-    if given.resume or getattr(given, "encode", False):
-        if os.path.exists(path) or not given.resume:
-            checkpoint = load_checkpoint(path, stage)
-            saved = checkpoint["args"]
-            if preset and preset != saved["preset"]:
-                raise InputError(f"{path} was trained with --preset {saved['preset']}, not {preset}: drop --preset, or "
-                                 "name another --run")
-            preset = saved["preset"]
-            parser.set_defaults(**presets[preset] | {k: v for k, v in saved.items() if k not in ("resume", "encode")})
-    elif os.path.exists(path):
+    checkpoint, saved = None, {}
+    if os.path.exists(path) and not (given.resume or encode):
         raise InputError(f"{path} exists: --resume goes on with it, another --run starts afresh")
+    if os.path.exists(path) or encode:
+        checkpoint = load_checkpoint(path, stage)
+        saved = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "encode")}
+        if preset not in (None, saved["preset"]):
+            raise InputError(f"{path} was trained with --preset {saved['preset']}, not {preset}: drop --preset, or "
+                             "name another --run")
+        preset = saved["preset"]
     preset = preset or "shapes"
-    if checkpoint is None:
-        parser.set_defaults(**presets[preset])
-    args = parser.parse_args(argv)
+    parser.set_defaults(**presets[preset] | saved)
+    args = parser.parse_args()
     args.preset, args.run = preset, run_folder
     return args, checkpoint
 
 
 def check_config(config, checkpoint, path, fingerprint=None):
-    """Resuming continues the model that was saved: a flag that would build another one is an error, and so are
+    """Resuming continues the model that was saved: InputError for a flag that would build another one, and for
     encodings (by their `fingerprint`) of another autoencoder."""
     for name, value in checkpoint["config"].items():
         if name in config and config[name] != value:
@@ -1216,7 +1135,8 @@ def check_config(config, checkpoint, path, fingerprint=None):
 
 
 def split_batch(args, world):
-    """(clips a rank takes each step, the slices of them that pass through the model one after the other)."""
+    """(clips a rank takes each step, the slices of them that pass through the model one after the other). Raises
+    InputError where they would not all be equally large."""
     share, odd = divmod(args.batch_size, world * args.accumulate)
     if odd or share == 0:
         raise InputError(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
@@ -1231,7 +1151,7 @@ def last_only(model, part, parts):
 
 
 def learning_rate(args, step):
-    """Constant, or with --decay-steps a short rise and a cosine fall to a hundredth by that step."""
+    """Constant, or with --decay-steps a rise over the first twentieth and a cosine fall to a hundredth by that step."""
     if not args.decay_steps:
         return args.lr
     fall = 0.5 + 0.5 * math.cos(math.pi * min(1, step / args.decay_steps))
@@ -1247,40 +1167,9 @@ def average(value):
 
 
 def check_finite(bad_row, step, path):
-    """Ends a run whose last steps were all skipped for a NaN or infinite gradient."""
+    """Raises InputError, which ends the run, where 5 steps or more in a row were skipped for a NaN or infinite
+    gradient."""
     if bad_row >= 5:
         left = f"{path} holds the last good weights" if os.path.exists(path) else "nothing was saved yet"
         raise InputError(f"the last {int(bad_row)} steps up to {step} had a NaN or infinite loss and were skipped: "
                          f"lower --lr, or look at the data; {left}")
-
-
-def run(main):
-    """Runs a script's main(): an InputError is printed as one line, with no traceback; so are a full disk, a loader's
-    worker that was killed, and the end of another rank."""
-    name, here = os.path.basename(sys.argv[0]), os.path.dirname(os.path.abspath(__file__))
-    usual = warnings.formatwarning
-
-    def brief(message, kind, file, *place):  # our own warnings are for the user: one line, as errors are
-        own = os.path.dirname(os.path.abspath(file)) == here
-        return f"{name}: {message}\n" if own else usual(message, kind, file, *place)
-
-    warnings.formatwarning = brief
-    try:
-        main()
-    except InputError as error:
-        # From a loader's worker the message comes wrapped in the worker's traceback: its last line is the message.
-        sys.exit(f"{name}: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}")
-    except (OSError, RuntimeError) as error:
-        line = " ".join(str(error).split())
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            sys.exit(f"{name}: {line}: free some space and go on with --resume")
-        if line.startswith("DataLoader worker"):
-            sys.exit(f"{name}: {line} Memory may have run out: take fewer --workers, and go on with --resume")
-        if isinstance(error, torch.distributed.DistError) or "gloo" in line:
-            sys.exit(f"{name}: lost the other ranks; the one that ended first says why ({line[-150:]})")
-        raise
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

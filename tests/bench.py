@@ -443,7 +443,7 @@ def bench_loader(args, preset):
         print(f"loader: {1 / seconds:.0f} clips/s a core, drawn, not decoded")
         return
     counts = dict(decoded=0)
-    decoded = data._decoded
+    decoded = data.decoded_frames
 
     def counting(*arguments):
         for frame in decoded(*arguments):
@@ -457,7 +457,7 @@ def bench_loader(args, preset):
         paths = [os.path.join(dataset.root, name) for name in dataset.files]
         rng, turns = np.random.default_rng(0), {"ours": [], "plain": []}
         clips = 4 if args.data else 2 * len(paths)
-        with unittest.mock.patch.object(data, "_decoded", counting):
+        with unittest.mock.patch.object(data, "decoded_frames", counting):
             for turn in range(args.rounds + 1):  # the first warms up
                 picks = rng.integers(len(paths), size=clips)
                 ours = seconds_of(lambda: [dataset.read(int(i), turn * clips + n) for n, i in enumerate(picks)])

@@ -349,12 +349,13 @@ def test_damage_in_the_middle_costs_only_that_part(tmp_path):
     assert len(found) >= 27
 
 
-def test_a_size_of_none_keeps_the_files_size_and_a_file_object_will_do(tmp_path):
+def test_a_size_of_none_keeps_the_files_size_and_a_part_of_a_file_will_do(tmp_path):
     path = write(tmp_path / "a.mkv", codec="ffv1", pix_fmt="yuv444p", height=47, width=63)
     assert data.read_clip(path, 2).shape == (2, 47, 63, 3)
-    with open(path, "rb") as f:
-        assert np.array_equal(data.read_clip(f, 5, 32, rng=rng(3)), data.read_clip(path, 5, 32, rng=rng(3)))
-        assert not f.closed
+    content = open(path, "rb").read()
+    (tmp_path / "b").write_bytes(b"before" + content + b"behind")
+    part = f"subfile,,start,6,end,{6 + len(content)},,:{tmp_path / 'b'}"
+    assert np.array_equal(data.read_clip(part, 5, 32, rng=rng(3)), data.read_clip(path, 5, 32, rng=rng(3)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,12 +588,11 @@ def test_rows_of_a_csv_are_found_whatever_its_quotes_and_line_ends(tmp_path):
                 csv.writer(f, lineterminator=end).writerows(rows)
             text = (tmp_path / "a.csv").read_bytes()
             (tmp_path / "a.csv").write_bytes(text.removesuffix(end.encode()) + tail.encode())
-            for chunk in (1, 2, 7, 16, 1 << 20):
-                starts = data._csv_rows(tmp_path / "a.csv", chunk)
-                text = (tmp_path / "a.csv").read_bytes()
-                parsed = [next(csv.reader(io.StringIO(text[a:b].decode(), newline="")))
-                          for a, b in zip(starts, starts[1:])]
-                assert parsed == rows, (end, chunk)
+            starts = [*data.csv_rows(tmp_path / "a.csv"), None]
+            text = (tmp_path / "a.csv").read_bytes()
+            parsed = [next(csv.reader(io.StringIO(text[a:b].decode(), newline="")))
+                      for a, b in zip(starts, starts[1:])]
+            assert parsed == rows, end
 
 
 def test_a_stray_quote_does_not_swallow_the_rows_after_it(tmp_path):
@@ -600,6 +600,15 @@ def test_a_stray_quote_does_not_swallow_the_rows_after_it(tmp_path):
                                     'd.mp4,four\n')
     videos = data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
     assert [videos._locate(i)[3] for i in range(len(videos))] == ['a 5" nail', "two", 'quoted, 5" nail', "four"]
+
+
+def test_a_stray_line_end_is_dropped_and_a_quote_that_is_never_closed_is_one_clear_line(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'path,caption\r\na.mp4,a\r dog\r\n\r\nb.mp4,"two\r\nlines"\r\n')
+    videos = data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
+    assert [videos._locate(i)[1::2] for i in range(len(videos))] == [("a.mp4", "a dog"), ("b.mp4", "two\nlines")]
+    (tmp_path / "a.csv").write_text('path,caption\na.mp4,"a dog\n' + "b.mp4,a cat\n" * 20_000)
+    with pytest.raises(data.InputError, match="a.csv, line .*: field larger .*; is a quote not closed"):
+        data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
 
 
 def test_missing_videos_and_bad_rows_are_replaced_counted_and_named(captioned, tmp_path, capsys):
@@ -702,7 +711,7 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
 
 def test_bytes_and_floats_mean_the_same_colours():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
-    assert np.array_equal(data.to_uint8(data._to_model(levels)), levels) and data.to_uint8(levels) is not None
+    assert np.array_equal(data.to_uint8(data.to_model(levels)), levels) and data.to_uint8(levels) is not None
     assert data.to_uint8(torch.full((1, 2, 3, 4), 7.0)).tolist() == np.full((2, 3, 4, 3), 255).tolist()
 
 
