@@ -222,7 +222,7 @@ class I3D(nn.Module):
 
 
 def resize_and_crop(video, height, width):
-    """To height x width (bilinear, half-pixel centres, no antialiasing), then the middle: (B, 3, L, 224, 224), -1..1."""
+    """To height x width (bilinear, half-pixel centres, not antialiased), then its middle: (B, 3, L, 224, 224), -1..1."""
     b, n, h, w, _ = video.shape
     x = video.permute(0, 1, 4, 2, 3).reshape(b * n, 3, h, w).float()  # (B L, 3, H, W)
     x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
@@ -266,19 +266,23 @@ WHERE = (
 )
 
 
-def is_torchscript(path):
-    """Whether a file is a TorchScript archive: a zip file with a folder of code."""
+def load_torchscript(path):
+    """The module in a TorchScript archive (a zip file with a folder of code), or None if the file is none."""
     if not zipfile.is_zipfile(path):
-        return False
+        return None
     with zipfile.ZipFile(path) as file:
-        return any(re.match(r"[^/]+/code/", name) for name in file.namelist())
+        if not any(re.match(r"[^/]+/code/", name) for name in file.namelist()):
+            return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; the file is what it is
+        return torch.jit.load(path, map_location="cpu").eval()
 
 
 class Detector:
     """From videos to features: uint8 (B, L, H, W, 3) -> float32 (B, 400) on the CPU. load_detector() makes it.
 
     All three give the 400 numbers before the softmax: return_features=True of the TorchScript file means these, too.
-    Raises InputError where a TorchScript file fails or gives anything else than a row a video.
+    Raises InputError where a TorchScript file is another network, and where memory runs out.
     """
 
     def __init__(self, network, kind, name, digest, device):
@@ -289,12 +293,9 @@ class Detector:
         x = KINDS[self.kind][0](video.to(self.device))
         flags = dict(rescale=True, resize=True, return_features=True) if self.kind == "torchscript" else {}
         try:
-            features = self.network(x, **flags)
+            return self.network(x, **flags).float().cpu()
         except RuntimeError as error:
             raise InputError(f"{self.name} failed on {tuple(x.shape)}: {str(error).strip().splitlines()[-1]}") from None
-        if features.ndim != 2 or len(features) != len(x):
-            raise InputError(f"{self.name} gives {tuple(features.shape)} for {len(x)} videos, not a row of each")
-        return features.float().cpu()
 
 
 def load_detector(path, kind=None, device="cpu"):
@@ -307,8 +308,8 @@ def load_detector(path, kind=None, device="cpu"):
     """
     if path == "random":
         network, generator = I3D().eval(), torch.Generator().manual_seed(0)
-        for weight in (p for p in network.parameters() if p.ndim == 5):  # He's scale: the signal neither dies nor grows
-            nn.init.normal_(weight, std=math.sqrt(2 / weight[0].numel()), generator=generator)
+        for weight in (p for p in network.parameters() if p.ndim == 5):  # the signal neither dies nor grows
+            nn.init.kaiming_normal_(weight, generator=generator)
         nn.init.zeros_(network.logits.conv3d.bias)
         return Detector(network, "random", "random", "random", device)
     if not os.path.isfile(path):
@@ -316,15 +317,14 @@ def load_detector(path, kind=None, device="cpu"):
     name = os.path.basename(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if is_torchscript(path):
+    script = load_torchscript(path)
+    if script is not None:
         if kind:
             raise InputError(f"--i3d-kind {kind} does not fit {path}, a TorchScript file: drop it")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; the file is what it is
-            return Detector(torch.jit.load(path, map_location="cpu").eval(), "torchscript", name, digest, device)
+        return Detector(script, "torchscript", name, digest, device)
     kind = kind or ("pytorch-i3d" if name.startswith("rgb_") or not zipfile.is_zipfile(path) else "videogpt")
     network = I3D(eps=KINDS[kind][1]).eval()
-    counts = {name: count for name, count in network.state_dict().items() if "num_batches" in name}  # not in old files
+    counts = {key: count for key, count in network.state_dict().items() if "num_batches" in key}  # old files lack them
     load_weights(network, counts | read_checkpoint(path), f"{path} is no I3D file")
     return Detector(network, kind, name, digest, device)
 
@@ -409,7 +409,7 @@ def images(folder):
 
 
 def read_frames(folder, frames, size=None, stride=1, rng=None):
-    """data.read_clip() for a folder of images."""
+    """data.read_clip() for a folder of images: uint8 (L, H, W, 3) or BadVideo. size: (H, W) or None."""
     names = images(folder)
     span = (frames - 1) * stride + 1
     if len(names) < span:
@@ -423,7 +423,7 @@ def read_frames(folder, frames, size=None, stride=1, rng=None):
         except OSError as error:
             raise BadVideo(f"{name}: {error}") from None
         if size:
-            height, width = data.pair(size)
+            height, width = size
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)  # covers, then crops the middle
         clip.append(np.asarray(image))
     if len({frame.shape for frame in clip}) > 1:
@@ -513,13 +513,10 @@ def statistics(videos, label, detector, size, args, cache=None):
             say(f"{label}: statistics of {stats.num} videos reused from {path}")
             return stats
 
-    def read(name):
-        return videos.read(name, size)
-
-    def compute(clips):
+    def features(clips):
         return detector(torch.from_numpy(np.stack(clips))).numpy()  # (n, 400)
 
-    for _, rows in stream(videos, read, compute, args, label):
+    for _, rows in stream(videos, lambda name: videos.read(name, size), features, args, label):
         stats.add(rows)
     if cache and main_rank():
         try:
@@ -529,6 +526,24 @@ def statistics(videos, label, detector, size, args, cache=None):
         except OSError as error:
             say(f"warning: cannot store statistics in {cache} ({error.strerror}): --cache names another folder")
     return stats
+
+
+def report(real, fake):
+    """Prints FVD, of Statistics that were made in the same way (else InputError), and what could mislead about it."""
+    for name in ("frames", "size", "stride", "kind", "detector"):
+        if real.meta[name] != fake.meta[name]:
+            raise InputError(f"REAL and FAKE cannot be compared: {name} {real.meta[name]} against {fake.meta[name]}")
+    few, features = min(real.num, fake.num), len(real.mean)
+    if few <= features:
+        say(f"warning: {few} videos for {features} features: the covariance is rank-deficient and FVD far too high: "
+            "take 2,048 videos or more")
+    if real.num != fake.num:
+        say(f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both; --num makes them equal")
+    meta = fake.meta
+    height, width = meta["size"]
+    say(f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake videos | {meta['frames']} frames, "
+        f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']} | {KINDS[meta['kind']][2]}, {meta['file']}: "
+        f"{features} numbers before the softmax; one random clip of each video; covariance over N", sys.stdout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,7 +559,7 @@ def psnr_ssim(real, fake):
     x, y = (torch.from_numpy(np.ascontiguousarray(v)).double().permute(0, 3, 1, 2) / 255 for v in (real, fake))
     mse = (x - y).square().mean((1, 2, 3))  # (L,)
     psnr = 10 * torch.log10(1 / mse.clamp(min=1e-10))
-    window = torch.exp(-((torch.arange(11) - 5.0).double() ** 2) / (2 * 1.5**2))
+    window = torch.exp(-torch.arange(-5, 6, dtype=torch.float64) ** 2 / (2 * 1.5**2))
     window = (window / window.sum()).expand(3, 1, 1, 11)
 
     def blur(v):  # (L, 3, H, W) -> (L, 3, H - 10, W - 10)
@@ -566,16 +581,13 @@ def compare(real, fake, args):
     real.names, fake.names = ([names[name] for name in common] for names in found)
     partner = dict(zip(real.names, fake.names))
 
-    def read(name):
-        pair = real.read(name, args.size), fake.read(partner[name], args.size)
-        if pair[0].shape != pair[1].shape:
-            raise BadVideo(f"{pair[0].shape[1:3]} against {pair[1].shape[1:3]} pixels: --size brings both to one")
-        return pair
+    def score(name):
+        x, y = real.read(name, args.size), fake.read(partner[name], args.size)
+        if x.shape != y.shape:
+            raise BadVideo(f"{x.shape[1:3]} against {y.shape[1:3]} pixels: --size brings both to one")
+        return psnr_ssim(x, y)
 
-    def compute(pairs):
-        return [psnr_ssim(*pair) for pair in pairs]
-
-    rows = [row for _, rows in stream(real, read, compute, args, "pairs") for row in rows]
+    rows = [row for _, rows in stream(real, score, list, args, "pairs") for row in rows]
     psnr, ssim = np.mean(rows, axis=0)
     say(f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f} | {len(rows)} pairs of videos of the same name, {args.frames} frames | "
         "mean over frames, then videos; SSIM of RGB channels, Gaussian window of 11, sigma 1.5", sys.stdout)
@@ -589,18 +601,17 @@ def load_clip(path, device="cpu"):
     """(model in float32, its preparation of a PIL image), from OpenAI's TorchScript archive or a state dict. Raises
     InputError for a file that is missing or no CLIP."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # clip imports pkg_resources; torch calls TorchScript deprecated
-        import clip
-        from clip.clip import _MODELS, _transform
+        warnings.simplefilter("ignore")  # that clip imports pkg_resources
+        from clip.clip import _MODELS, _transform, build_model
 
-        if not os.path.isfile(path):
-            raise InputError(f"no CLIP file {path}: ViT-B/32 is at {_MODELS['ViT-B/32']}")
-        try:
-            script = is_torchscript(path)
-            state = torch.jit.load(path, map_location="cpu").state_dict() if script else read_checkpoint(path)
-            model = clip.model.build_model(dict(state)).float().to(device)
-        except (RuntimeError, KeyError) as error:
-            raise InputError(f"{path} is no CLIP file: {str(error).splitlines()[0][:120]}") from None
+    if not os.path.isfile(path):
+        raise InputError(f"no CLIP file {path}: ViT-B/32 is at {_MODELS['ViT-B/32']}")
+    try:
+        script = load_torchscript(path)
+        state = read_checkpoint(path) if script is None else script.state_dict()
+        model = build_model(dict(state)).float().to(device)
+    except (RuntimeError, KeyError) as error:
+        raise InputError(f"{path} is no CLIP file: {str(error).splitlines()[0][:120]}") from None
     return model, _transform(model.visual.input_resolution)
 
 
@@ -637,17 +648,14 @@ def clipsim(videos, args, device):
         frames = torch.stack([prepare(Image.fromarray(frame)) for frame in frames]).to(device)  # (L, 3, 224, 224)
         return F.cosine_similarity(model.encode_image(frames), text).mean().item()
 
-    def compute(pairs):
-        return [score(*pair) for pair in pairs]
-
     scores = {}  # prompt: its videos' scores
-    for names, rows in stream(videos, read, compute, args, "CLIPSIM"):
-        for name, value in zip(names, rows):
+    for names, values in stream(videos, read, lambda pairs: [score(*pair) for pair in pairs], args, "CLIPSIM"):
+        for name, value in zip(names, values):
             scores.setdefault(prompts[name], []).append(value)
     if table:
         with table:
-            rows = [[prompt, len(values), f"{np.mean(values):.6f}"] for prompt, values in scores.items()]
-            csv.writer(table).writerows([["prompt", "videos", "clipsim"], *rows])
+            csv.writer(table).writerow(["prompt", "videos", "clipsim"])
+            csv.writer(table).writerows([prompt, len(v), f"{np.mean(v):.6f}"] for prompt, v in scores.items())
     values = np.concatenate(list(scores.values()))
     say(f"CLIPSIM {np.mean(values):.4f} | {len(values)} videos, {len(scores)} prompts | first {args.frames} frames, "
         f"CLIP {os.path.basename(args.clip)} | mean of the cosine similarity over frames, then videos", sys.stdout)
@@ -726,25 +734,12 @@ def main(argv=None):
         say.prefix = "[random I3D: this number means nothing outside this run] "
     if detector and detector.kind != "torchscript" and args.frames < 9:
         raise InputError(f"I3D needs at least 9 frames: --frames {args.frames} is too few")
-    size = args.size or (stored[0].meta["size"] if stored else sets[1].native_size())
+    size = args.size or (stored[0].meta["size"] if stored else sets[1].native_size())  # (H, W)
     real, fake = (
         s if isinstance(s, Statistics) else statistics(s, label, detector, size, args, cache)
         for s, label, cache in zip(sets, ("REAL", "FAKE"), (os.path.expanduser(args.cache), None))
     )
-    for name in ("frames", "size", "stride", "kind", "detector"):
-        if real.meta[name] != fake.meta[name]:
-            raise InputError(f"REAL and FAKE cannot be compared: {name} {real.meta[name]} against {fake.meta[name]}")
-    few, features = min(real.num, fake.num), len(real.mean)
-    if few <= features:
-        say(f"warning: {few} videos for {features} features: the covariance is rank-deficient and FVD far too high: "
-            "take 2,048 videos or more")
-    if real.num != fake.num:
-        say(f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both; --num makes them equal")
-    meta = fake.meta
-    say(f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake videos | {meta['frames']} frames, "
-        f"{meta['size'][0]}x{meta['size'][1]}, stride {meta['stride']}, seed {meta['seed']} | {KINDS[meta['kind']][2]}, "
-        f"{meta['file']}: {features} numbers before the softmax; one random clip of each video; covariance over N",
-        sys.stdout)
+    report(real, fake)
 
 
 if __name__ == "__main__":
