@@ -15,7 +15,7 @@ Where we differ, and why: videos are brought to the size of FAKE (--size), since
 64x64 on the other measures the size; a random clip is drawn from FAKE too, where StyleGAN-V's script takes the first
 frames (the same for videos of just --frames frames); --num draws a random subset, since the first 2,048 files of
 UCF-101 are 20 of its classes; the root is taken through eigenvectors, in float64, not by sqrtm. FVD depends on N and on
-all else that the result's line states: compare only figures whose lines agree. No training loop calls this file.
+all else that the result's line states: compare only figures whose lines agree.
 """
 
 import argparse
@@ -222,7 +222,8 @@ class I3D(nn.Module):
 
 
 def resize_and_crop(video, height, width):
-    """To height x width (bilinear, half-pixel centres, not antialiased), then its middle: (B, 3, L, 224, 224), -1..1."""
+    """To height x width (bilinear, half-pixel centres, not antialiased), of that the middle: (B, 3, L, 224, 224) in
+    [-1, 1]."""
     b, n, h, w, _ = video.shape
     x = video.permute(0, 1, 4, 2, 3).reshape(b * n, 3, h, w).float()  # (B L, 3, H, W)
     x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
@@ -282,7 +283,7 @@ class Detector:
     """From videos to features: uint8 (B, L, H, W, 3) -> float32 (B, 400) on the CPU. load_detector() makes it.
 
     All three give the 400 numbers before the softmax: return_features=True of the TorchScript file means these, too.
-    Raises InputError where a TorchScript file is another network, and where memory runs out.
+    Raises InputError where the network fails: a TorchScript file of another kind, too little memory.
     """
 
     def __init__(self, network, kind, name, digest, device):
@@ -436,12 +437,11 @@ def read_frames(folder, frames, size=None, stride=1, rng=None):
 
 
 def stream(videos, read, compute, args, label):
-    """Yields (names, rows) block by block, in videos' order, until --num videos are read; counts those left out.
+    """Yields one row a video, in videos' order, until --num videos are read; counts those left out.
 
-    read(name) -> anything, or BadVideo; compute(list of those) -> one row each. Blocks of --batch-size names are fixed
+    read(name) -> anything, or BadVideo; compute(list of those) -> list of rows. Blocks of --batch-size names are fixed
     by the order alone and rank r takes blocks r, r + world, ...: so every call of the network is the same whatever the
-    number of ranks, and every rank yields all rows in the same order. Only rows travel. Raises InputError if no video
-    can be used.
+    number of ranks, and every rank yields all rows in the same order. Only rows travel. InputError: no usable video.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     rank = torch.distributed.get_rank() if world > 1 else 0
@@ -456,24 +456,23 @@ def stream(videos, read, compute, args, label):
         for block, following in zip(mine, mine[1:]):
             # The next block is read while this one is computed.
             reading, coming = coming, [pool.submit(read, name) for name in following]
-            good, bad = {}, []
+            clips, bad = [], []
             for name, future in zip(block, reading):
                 try:
-                    good[name] = future.result()
+                    clips.append(future.result())
                 except BadVideo as error:
                     bad.append(f"{name}: {error}")
-            shares = [(list(good), compute(list(good.values())) if good else [], bad)]
+            shares = [(compute(clips) if clips else [], bad)]
             if world > 1:
                 share, shares = shares[0], [None] * world
                 torch.distributed.all_gather_object(shares, share)
-            for good, rows, bad in shares:  # in the order of the blocks
+            for rows, bad in shares:  # in the order of the blocks
                 if done < num:
                     left_out += bad
-                    good, rows = good[: num - done], rows[: num - done]
-                    done += len(good)
-                    bar.update(len(good))
-                    if good:
-                        yield good, rows
+                    rows = rows[: num - done]
+                    done += len(rows)
+                    bar.update(len(rows))
+                    yield from rows
             if done == num:
                 break
     if not done:
@@ -514,10 +513,10 @@ def statistics(videos, label, detector, size, args, cache=None):
             return stats
 
     def features(clips):
-        return detector(torch.from_numpy(np.stack(clips))).numpy()  # (n, 400)
+        return list(detector(torch.from_numpy(np.stack(clips))).numpy())  # n of (400,)
 
-    for _, rows in stream(videos, lambda name: videos.read(name, size), features, args, label):
-        stats.add(rows)
+    for row in stream(videos, lambda name: videos.read(name, size), features, args, label):
+        stats.add([row])
     if cache and main_rank():
         try:
             os.makedirs(cache, exist_ok=True)
@@ -587,7 +586,7 @@ def compare(real, fake, args):
             raise BadVideo(f"{x.shape[1:3]} against {y.shape[1:3]} pixels: --size brings both to one")
         return psnr_ssim(x, y)
 
-    rows = [row for _, rows in stream(real, score, list, args, "pairs") for row in rows]
+    rows = list(stream(real, score, list, args, "pairs"))
     psnr, ssim = np.mean(rows, axis=0)
     say(f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f} | {len(rows)} pairs of videos of the same name, {args.frames} frames | "
         "mean over frames, then videos; SSIM of RGB channels, Gaussian window of 11, sigma 1.5", sys.stdout)
@@ -630,9 +629,9 @@ def find_prompts(videos, file):
 
 def clipsim(videos, args, device):
     """Prints the cosine similarity of each frame with its video's prompt, averaged over frames, then videos."""
-    import clip
-
     model, prepare = load_clip(args.clip, device)
+    from clip import tokenize  # here, since load_clip() silences its import
+
     prompts = find_prompts(videos, args.prompts)
     try:
         table = open(args.csv, "w", newline="", encoding="utf-8") if args.csv and main_rank() else None
@@ -643,15 +642,18 @@ def clipsim(videos, args, device):
         return videos.read(name, args.size, first=True), prompts[name]
 
     @torch.inference_mode()
-    def score(frames, prompt):
-        text = model.encode_text(clip.tokenize([prompt], model.context_length, truncate=True).to(device))  # (1, D)
-        frames = torch.stack([prepare(Image.fromarray(frame)) for frame in frames]).to(device)  # (L, 3, 224, 224)
-        return F.cosine_similarity(model.encode_image(frames), text).mean().item()
+    def compute(pairs):
+        rows = []
+        for frames, prompt in pairs:
+            tokens = tokenize([prompt], model.context_length, truncate=True).to(device)
+            pictures = torch.stack([prepare(Image.fromarray(frame)) for frame in frames]).to(device)  # (L, 3, 224, 224)
+            similarity = F.cosine_similarity(model.encode_image(pictures), model.encode_text(tokens))  # (L,)
+            rows.append((prompt, similarity.mean().item()))
+        return rows
 
     scores = {}  # prompt: its videos' scores
-    for names, values in stream(videos, read, lambda pairs: [score(*pair) for pair in pairs], args, "CLIPSIM"):
-        for name, value in zip(names, values):
-            scores.setdefault(prompts[name], []).append(value)
+    for prompt, value in stream(videos, read, compute, args, "CLIPSIM"):
+        scores.setdefault(prompt, []).append(value)
     if table:
         with table:
             csv.writer(table).writerow(["prompt", "videos", "clipsim"])
