@@ -15,7 +15,7 @@ Where we differ, and why: videos are brought to the size of FAKE (--size), since
 64x64 on the other measures the size; a random clip is drawn from FAKE too, where StyleGAN-V's script takes the first
 frames (the same for videos of just --frames frames); --num draws a random subset, since the first 2,048 files of
 UCF-101 are 20 of its classes; the root is taken through eigenvectors, in float64, not by sqrtm. FVD depends on N and on
-all else that the result's line states: compare only figures whose lines agree. No training loop calls this file.
+all else that the result's line states: compare only figures whose lines agree.
 """
 
 import argparse
@@ -25,10 +25,8 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import sys
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -42,6 +40,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import data
+from autoencoder import load_weights, read_checkpoint
 from data import BadVideo, InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,50 +48,49 @@ from data import BadVideo, InputError
 
 
 class Statistics:
-    """Mean and covariance of features that arrive in batches: D^2 numbers, however many videos.
+    """Mean and covariance of features that arrive in batches: D^2 float64 numbers, however many videos.
 
-    Sums are float64 about the first batch's mean, so that a large common offset costs no digits.
+    num: N. mean: (D,). outer: (D, D), the sum of the outer products of what is left of each feature without the mean.
+    meta: how the features were made, by FIELDS.
     """
 
-    FIELDS = ("frames", "size", "stride", "seed", "kind", "file", "detector")  # of meta: how the features were made
+    FIELDS = ("frames", "size", "stride", "seed", "kind", "file", "detector")
 
     def __init__(self):
-        self.num, self.meta = 0, {}
+        self.num, self.mean, self.outer, self.meta = 0, 0.0, 0.0, {}
+
+    @property
+    def cov(self):
+        """(D, D), divided by N, not N - 1: StyleGAN-V's."""
+        return self.outer / self.num
 
     def add(self, features):
-        """features: (n, D)."""
+        """features: (n, D), n > 0. Nothing is squared before its mean is taken off: a large offset costs no digits."""
         x = np.asarray(features, np.float64)
-        if self.num == 0 and len(x):
-            self.shift = x.mean(0)
-            self.sum, self.outer = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
-        if len(x):
-            x = x - self.shift
-            self.num, self.sum, self.outer = self.num + len(x), self.sum + x.sum(0), self.outer + x.T @ x
+        num, mean = self.num + len(x), x.mean(0)
+        gap, x = mean - self.mean, x - mean
+        self.outer = self.outer + x.T @ x + np.outer(gap, gap) * (self.num * len(x) / num)
+        self.num, self.mean = num, self.mean + gap * (len(x) / num)
         return self
-
-    def mean_cov(self):
-        """mean (D,) and covariance (D, D), divided by N (not N - 1), as StyleGAN-V's."""
-        off = self.sum / self.num
-        return self.shift + off, self.outer / self.num - np.outer(off, off)
 
     def save(self, path):
         """A .npz, written aside and renamed: it is there whole or not at all."""
-        mean, cov = self.mean_cov()
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", suffix=".tmp", delete=False) as file:
-            np.savez(file, mean=mean, cov=cov, num=self.num, meta=json.dumps(self.meta))
-        os.replace(file.name, path)
+        aside = f"{path}.{os.getpid()}.tmp"
+        with open(aside, "wb") as file:
+            np.savez(file, mean=self.mean, cov=self.cov, num=self.num, meta=json.dumps(self.meta))
+        os.replace(aside, path)
 
     @classmethod
     def load(cls, path):
+        """What save() wrote; InputError for anything else."""
         stats = cls()
         try:
             with np.load(path, allow_pickle=False) as file:
-                stats.shift, cov, stats.num = file["mean"], file["cov"], int(file["num"])
-                stats.meta = json.loads(str(file["meta"]))
-                assert set(cls.FIELDS) <= stats.meta.keys(), "its protocol is not stated"
-        except (OSError, ValueError, KeyError, EOFError, AssertionError, zipfile.BadZipFile) as error:
+                meta = json.loads(str(file["meta"]))
+                stats.num, stats.mean, stats.outer = int(file["num"]), file["mean"], file["cov"] * file["num"]
+            stats.meta = {name: meta[name] for name in cls.FIELDS}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is not a .npz of statistics that fvd.py stored: {error}") from None
-        stats.sum, stats.outer = np.zeros_like(stats.shift), cov * stats.num
         return stats
 
 
@@ -103,22 +101,22 @@ def root(cov):
     return vectors * np.sqrt(values) @ vectors.T
 
 
-def frechet(mean1, cov1, mean2, cov2):
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared Frechet distance of two Gaussians.
+def frechet(real, fake):
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared Frechet distance of two Gaussians, from Statistics.
 
     The last trace is the sum of the singular values of S1^(1/2) S2^(1/2). (sqrtm of S1 S2 is unstable where a
     covariance is rank-deficient, and roots of S1^(1/2) S2 S1^(1/2)'s eigenvalues turn an error e into sqrt(e).)
     """
-    cross = np.linalg.svd(root(cov1) @ root(cov2), compute_uv=False).sum()
-    return max(float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross), 0.0)
+    cross = np.linalg.svd(root(real.cov) @ root(fake.cov), compute_uv=False).sum()
+    return max(float(np.sum((real.mean - fake.mean) ** 2) + np.trace(real.cov) + np.trace(fake.cov) - 2 * cross), 0.0)
 
 
 def frechet_distance(real, fake):
-    """The squared Frechet distance of two sets of features, (N, D) and (M, D) arrays; computed in float64."""
-    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
+    """The squared Frechet distance of two sets of features, (N, D) and (M, D), as a float; computed in float64."""
+    real, fake = np.asarray(real), np.asarray(fake)
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1] or not len(real) or not len(fake):
         raise InputError(f"features must be (N, D) and (M, D), not {real.shape} and {fake.shape}")
-    return frechet(*Statistics().add(real).mean_cov(), *Statistics().add(fake).mean_cov())
+    return frechet(Statistics().add(real), Statistics().add(fake))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +134,8 @@ def same_pad(x, kernel, stride):
 
 
 def max_pool(x, kernel, stride):
-    x = same_pad(x, kernel, stride)  # zeros win over nothing: x comes from a ReLU
+    """'Same' max-pooling of (B, C, T, H, W) >= 0."""
+    x = same_pad(x, kernel, stride)  # the zeros win over nothing
     for axis, (k, s) in enumerate(zip(kernel, stride), start=2):  # one by one: 3x F.max_pool3d's speed on a CPU
         if k > 1:
             x = x.unfold(axis, k, s).amax(-1)
@@ -222,40 +221,37 @@ class I3D(nn.Module):
 # Detectors: what each file wants to be fed. All take uint8 (B, L, H, W, 3).
 
 
-def resize_frames(video, height, width):
-    """(B, L, H, W, 3) -> float (B, 3, L, height, width): bilinear, half-pixel centres, no antialiasing, 0..255."""
+def resize_and_crop(video, height, width):
+    """To height x width (bilinear, half-pixel centres, not antialiased), of that the middle: (B, 3, L, 224, 224) in
+    [-1, 1]."""
     b, n, h, w, _ = video.shape
     x = video.permute(0, 1, 4, 2, 3).reshape(b * n, 3, h, w).float()  # (B L, 3, H, W)
-    if (h, w) != (height, width):
-        x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
-    return x.view(b, n, 3, height, width).transpose(1, 2)  # (B, 3, L, height, width)
-
-
-def crop_224(x):
-    top, left = (x.shape[-2] - 224) // 2, (x.shape[-1] - 224) // 2
-    return (x[..., top : top + 224, left : left + 224] / 255 * 2 - 1).contiguous()  # [-1, 1]
+    x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
+    top, left = (height - 224) // 2, (width - 224) // 2
+    x = x[..., top : top + 224, left : left + 224] / 255 * 2 - 1
+    return x.unflatten(0, (b, n)).transpose(1, 2)  # (B, 3, L, 224, 224)
 
 
 def prepare_videogpt(video):
-    """i3d_pretrained_400.pt as VideoGPT, TATS and PVDM feed it: short side to 224, the long one in proportion (rounded
-    up), the middle 224x224, [-1, 1]."""
+    """i3d_pretrained_400.pt as VideoGPT, TATS and PVDM feed it: the short side to 224, the long one in proportion
+    (rounded up)."""
     h, w = video.shape[2:4]
     height, width = (224 if side == min(h, w) else math.ceil(side * (224 / min(h, w))) for side in (h, w))
-    return crop_224(resize_frames(video, height, width))
+    return resize_and_crop(video, height, width)
 
 
 def prepare_pytorch_i3d(video):
     """rgb_imagenet.pt: a short side under 226 is brought up to 226 (pytorch-i3d's loader), one over 256 down to 256
-    (how Kinetics was prepared for its training); the middle 224x224, [-1, 1]."""
+    (how Kinetics was prepared for its training)."""
     h, w = video.shape[2:4]
     scale = min(max(min(h, w), 226), 256) / min(h, w)
-    return crop_224(resize_frames(video, round(h * scale), round(w * scale)))
+    return resize_and_crop(video, round(h * scale), round(w * scale))
 
 
 def prepare_torchscript(video):
-    """i3d_torchscript.pt as StyleGAN-V feeds it: 0..255, any size; resize=True makes the file squash it to 224x224,
-    rescale=True map it to [-1, 1]."""
-    return video.permute(0, 4, 1, 2, 3).float().contiguous()  # (B, 3, L, H, W)
+    """i3d_torchscript.pt as StyleGAN-V feeds it: (B, 3, L, H, W), 0..255, any size. Detector's resize=True makes the
+    file squash it to 224x224, rescale=True map it to [-1, 1]."""
+    return video.permute(0, 4, 1, 2, 3).float().contiguous()
 
 
 KINDS = {  # kind: (what the network is fed, batch norm's eps, protocol in words)
@@ -271,17 +267,23 @@ WHERE = (
 )
 
 
-def is_torchscript(path):
+def load_torchscript(path):
+    """The module in a TorchScript archive (a zip file with a folder of code), or None if the file is none."""
     if not zipfile.is_zipfile(path):
-        return False
+        return None
     with zipfile.ZipFile(path) as file:
-        return any(re.match(r"[^/]+/code/", name) for name in file.namelist())
+        if not any(re.match(r"[^/]+/code/", name) for name in file.namelist()):
+            return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; the file is what it is
+        return torch.jit.load(path, map_location="cpu").eval()
 
 
 class Detector:
     """From videos to features: uint8 (B, L, H, W, 3) -> float32 (B, 400) on the CPU. load_detector() makes it.
 
     All three give the 400 numbers before the softmax: return_features=True of the TorchScript file means these, too.
+    Raises InputError where the network fails: a TorchScript file of another kind, too little memory.
     """
 
     def __init__(self, network, kind, name, digest, device):
@@ -290,30 +292,25 @@ class Detector:
     @torch.inference_mode()
     def __call__(self, video):
         x = KINDS[self.kind][0](video.to(self.device))
+        flags = dict(rescale=True, resize=True, return_features=True) if self.kind == "torchscript" else {}
         try:
-            flags = dict(rescale=True, resize=True, return_features=True) if self.kind == "torchscript" else {}
-            x = self.network(x, **flags)
-        except torch.OutOfMemoryError:
-            raise InputError(f"out of memory with {len(video)} videos at once: give a smaller --batch-size") from None
+            return self.network(x, **flags).float().cpu()
         except RuntimeError as error:
             raise InputError(f"{self.name} failed on {tuple(x.shape)}: {str(error).strip().splitlines()[-1]}") from None
-        if x.ndim != 2 or len(x) != len(video):
-            raise InputError(f"{self.name} gives {tuple(x.shape)} for {len(video)} videos, not a row of features each")
-        return x.float().cpu()
 
 
 def load_detector(path, kind=None, device="cpu"):
-    """The Detector in a file, recognised by its content: a TorchScript archive, or a state dict with I3D's names.
+    """The Detector in a file, recognised by its content: a TorchScript archive, or weights with I3D's names.
 
-    A TorchScript file is a program, and to load it is to run it: use one whose source you trust. State dicts are read
-    with weights_only. i3d_pretrained_400.pt and rgb_imagenet.pt have the same names and shapes but are fed differently:
-    a file in PyTorch's format of 2017, or named rgb_*, is taken for the latter, and `kind` overrides (--i3d-kind).
+    A TorchScript file is a program, and to load it is to run it: use one whose source you trust. Weights run nothing.
+    i3d_pretrained_400.pt and rgb_imagenet.pt have the same names and shapes but are fed differently: a file in
+    PyTorch's format of 2017, or named rgb_*, is taken for the latter, and `kind` overrides (--i3d-kind).
     path 'random': random weights, the same in every run. Raises InputError for what is missing or none of these.
     """
     if path == "random":
         network, generator = I3D().eval(), torch.Generator().manual_seed(0)
-        for weight in (p for p in network.parameters() if p.ndim == 5):  # He's scale: the signal neither dies nor grows
-            nn.init.normal_(weight, std=math.sqrt(2 / weight[0].numel()), generator=generator)
+        for weight in (p for p in network.parameters() if p.ndim == 5):  # the signal neither dies nor grows
+            nn.init.kaiming_normal_(weight, generator=generator)
         nn.init.zeros_(network.logits.conv3d.bias)
         return Detector(network, "random", "random", "random", device)
     if not os.path.isfile(path):
@@ -321,24 +318,15 @@ def load_detector(path, kind=None, device="cpu"):
     name = os.path.basename(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if kind and is_torchscript(path) != (kind == "torchscript"):
-        raise InputError(f"--i3d-kind {kind} does not fit {path}: drop it")
-    if is_torchscript(path):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; the file is what it is
-            return Detector(torch.jit.load(path, map_location="cpu").eval(), "torchscript", name, digest, device)
+    script = load_torchscript(path)
+    if script is not None:
+        if kind:
+            raise InputError(f"--i3d-kind {kind} does not fit {path}, a TorchScript file: drop it")
+        return Detector(script, "torchscript", name, digest, device)
     kind = kind or ("pytorch-i3d" if name.startswith("rgb_") or not zipfile.is_zipfile(path) else "videogpt")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is no I3D file ({str(error).splitlines()[0][:120]}): {WHERE}") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    network = I3D(len(state.get("logits.conv3d.bias", range(400))), KINDS[kind][1]).eval()
-    wanted = {key: value.shape for key, value in network.state_dict().items() if "num_batches" not in key}
-    wrong = [key for key, shape in wanted.items() if getattr(state.get(key), "shape", None) != shape]
-    if wrong:
-        raise InputError(f"{path} is no I3D file (no {wrong[0]} of shape {tuple(wanted[wrong[0]])}): {WHERE}")
-    network.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    network = I3D(eps=KINDS[kind][1]).eval()
+    counts = {key: count for key, count in network.state_dict().items() if "num_batches" in key}  # old files lack them
+    load_weights(network, counts | read_checkpoint(path), f"{path} is no I3D file")
     return Detector(network, kind, name, digest, device)
 
 
@@ -347,36 +335,36 @@ def load_detector(path, kind=None, device="cpu"):
 
 
 class VideoSet:
-    """The videos of REAL or FAKE, in a fixed order: `names`, and read(name) -> uint8 (L, H, W, 3) or BadVideo."""
+    """The videos of REAL or FAKE, in a fixed order: `names`, and read(name). InputError where there are none."""
 
     def __init__(self, path, args, split=None):
         self.path, self.args = path, args
         if path == "shapes":
-            self.names = [str(index) for index in range(len(self.shapes()))]
+            names = [str(index) for index in range(len(self.shapes()))]
         elif not os.path.isdir(path):
             raise InputError(f"no folder {path}: name a folder of videos or of folders of frames, a .npz, or shapes")
         elif split:
-            self.names = data.VideoFolder(path, 1, None, split=split).files
+            names = data.VideoFolder(path, 1, None, split=split).files
         else:
-            self.names = data.find_videos(path) or frame_folders(path)
-        self.names = [name for name in self.names if name != "samples.gif"]  # sample.py's overview of all clips
-        if not self.names:
+            names = data.find_videos(path) or [
+                os.path.relpath(folder, path) for folder, _, _ in os.walk(path) if folder != path and images(folder)]
+        names = [name for name in names if name != "samples.gif"]  # sample.py's overview of all clips
+        if not names:
             raise InputError(f"no videos in {path}: it holds neither video files nor folders of frames")
-        once = {}  # sample.py may write a .gif beside each .mp4: one video, and the .gif has fewer colours
-        for name in sorted(self.names, key=lambda name: (name.lower().endswith(".gif"), natural(name))):
-            once.setdefault(stem(name), name)
-        if len(once) < len(self.names):
-            say(f"{path}: {len(self.names) - len(once)} files left out whose names differ only in their ending")
+        # One video a stem, by which pairs are found; of an .mp4 and its .gif, which has fewer colours, the .mp4.
+        once = {stem(name): name for name in sorted(names, key=lambda name: not name.lower().endswith(".gif"))}
+        if len(once) < len(names):
+            say(f"{path}: {len(names) - len(once)} files left out whose names differ only in their ending")
         self.names = sorted(once.values(), key=natural)
 
     def shapes(self, size=None):
         return data.MovingShapes(self.args.frames, size or 64, self.args.seed, split="test")
 
     def read(self, name, size=None, first=False):
-        """The clip depends on (seed, name) alone. first: from the first frame on, not from a random one."""
+        """uint8 (L, H, W, 3), or BadVideo. The clip depends on (seed, name) alone. size: (H, W), None keeps the file's.
+        first: from the first frame on, not from a random one."""
         if self.path == "shapes":
-            video = self.shapes(size)[int(name)]["video"].permute(1, 2, 3, 0)  # (L, H, W, 3)
-            return ((video + 1) * 127.5).round().to(torch.uint8).numpy()
+            return data.to_uint8(self.shapes(size)[int(name)]["video"])
         rng = None if first else np.random.default_rng([self.args.seed, zlib.crc32(os.fsencode(stem(name)))])
         path = os.path.join(self.path, name)
         read = read_frames if os.path.isdir(path) else data.read_clip
@@ -389,9 +377,9 @@ class VideoSet:
                 return self.read(name, first=True).shape[1:3]
         raise InputError(f"no video in {self.path} can be read and has {self.args.frames} frames at this --stride")
 
-    def order(self, num):
-        """Which videos, in which order: all of them as they lie, or a random choice where not all are wanted."""
-        if num is None or num >= len(self.names):
+    def order(self):
+        """Which videos, in which order: all of them as they lie, or a random choice where --num wants fewer."""
+        if self.args.num is None or self.args.num >= len(self.names):
             return self.names
         return [self.names[index] for index in np.random.default_rng(self.args.seed).permutation(len(self.names))]
 
@@ -401,10 +389,12 @@ class VideoSet:
             return ["shapes", len(self.names)]
         paths = [os.path.join(self.path, name) for name in self.names]
         paths += [os.path.join(path, image) for path in paths if os.path.isdir(path) for image in images(path)]
-        return [[os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
+        files = [(os.path.realpath(path), os.stat(path)) for path in paths if os.path.exists(path)]  # a link may dangle
+        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in files]
 
 
 def stem(name):
+    """A video's name without its ending; a folder's stays, dots and all."""
     return os.path.splitext(name)[0] if name.lower().endswith(data.VIDEO_ENDINGS) else name
 
 
@@ -414,16 +404,13 @@ def natural(name):
 
 
 def images(folder):
+    """Names of the pictures in a folder, in natural order."""
     ends = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
     return sorted((name for name in os.listdir(folder) if name.lower().endswith(ends)), key=natural)
 
 
-def frame_folders(path):
-    return [os.path.relpath(folder, path) for folder, _, _ in os.walk(path) if folder != path and images(folder)]
-
-
 def read_frames(folder, frames, size=None, stride=1, rng=None):
-    """data.read_clip() for a folder of images."""
+    """data.read_clip() for a folder of images: uint8 (L, H, W, 3) or BadVideo. size: (H, W) or None."""
     names = images(folder)
     span = (frames - 1) * stride + 1
     if len(names) < span:
@@ -437,7 +424,7 @@ def read_frames(folder, frames, size=None, stride=1, rng=None):
         except OSError as error:
             raise BadVideo(f"{name}: {error}") from None
         if size:
-            height, width = data.pair(size)
+            height, width = size
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)  # covers, then crops the middle
         clip.append(np.asarray(image))
     if len({frame.shape for frame in clip}) > 1:
@@ -449,62 +436,58 @@ def read_frames(folder, frames, size=None, stride=1, rng=None):
 # Streaming over videos, the same on any number of ranks
 
 
-def stream(names, read, compute, num, args, label):
-    """Yields (names, rows) block by block, in order, until `num` videos (None: all) are read; counts those left out.
+def stream(videos, read, compute, args, label):
+    """Yields one row a video, in videos' order, until --num videos are read; counts those left out.
 
-    read(name) -> anything, or BadVideo; compute(list of those, names) -> one row each, (n, K). Blocks of --batch-size
-    names are fixed by the order alone and rank r takes blocks r, r + world, ...: so every call of the network is the
-    same whatever the number of ranks, and every rank yields all rows in the same order. Only rows travel.
+    read(name) -> anything, or BadVideo; compute(list of those) -> list of rows. Blocks of --batch-size names are fixed
+    by the order alone and rank r takes blocks r, r + world, ...: so every call of the network is the same whatever the
+    number of ranks, and every rank yields all rows in the same order. Only rows travel. InputError: no usable video.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     rank = torch.distributed.get_rank() if world > 1 else 0
-    blocks = [names[i : i + args.batch_size] for i in range(0, len(names), args.batch_size)]
-    mine, num = blocks[rank::world], min(num or len(names), len(names))
-    done, left_out = 0, []
-
-    def attempt(name):
-        try:
-            return name, read(name), None
-        except BadVideo as error:
-            return name, None, str(error)
-
+    names, step = videos.order(), args.batch_size
+    num, done, left_out = min(args.num or len(names), len(names)), 0, []
+    blocks = [names[i : i + step] for i in range(0, len(names), step)]
+    blocks += [[]] * (-len(blocks) % world + world)  # all ranks have as many, and an empty one at the end
+    mine = blocks[rank::world]
     bar = tqdm(total=num, desc=say.prefix + label, unit=" videos", disable=rank > 0)
     with ThreadPoolExecutor(args.workers) as pool, bar:
-
-        def begin(turn):
-            return [pool.submit(attempt, name) for name in mine[turn]] if turn < len(mine) else []
-
-        ready = begin(0)
-        for turn in range(math.ceil(len(blocks) / world)):
-            tried, ready = [future.result() for future in ready], begin(turn + 1)  # the next is read during this one
-            good = {name: clip for name, clip, reason in tried if reason is None}
-            rows = compute(list(good.values()), list(good)) if good else []
-            shares = [(list(good), rows, [(name, reason) for name, _, reason in tried if reason])]
+        coming = [pool.submit(read, name) for name in mine[0]]
+        for block, following in zip(mine, mine[1:]):
+            # The next block is read while this one is computed.
+            reading, coming = coming, [pool.submit(read, name) for name in following]
+            clips, bad = [], []
+            for name, future in zip(block, reading):
+                try:
+                    clips.append(future.result())
+                except BadVideo as error:
+                    bad.append(f"{name}: {error}")
+            shares = [(compute(clips) if clips else [], bad)]
             if world > 1:
                 share, shares = shares[0], [None] * world
                 torch.distributed.all_gather_object(shares, share)
-            for good, rows, bad in shares:  # in the order of the blocks
-                if done == num:
-                    break
-                left_out += bad
-                take = min(len(good), num - done)
-                if take:
-                    done += take
-                    bar.update(take)
-                    yield good[:take], rows[:take]
+            for rows, bad in shares:  # in the order of the blocks
+                if done < num:
+                    left_out += bad
+                    rows = rows[: num - done]
+                    done += len(rows)
+                    bar.update(len(rows))
+                    yield from rows
             if done == num:
                 break
-    if left_out:
-        say(f"{label}: {len(left_out)} left out, too short or unreadable (first: {left_out[0][0]}: {left_out[0][1]})")
     if not done:
-        raise InputError(f"{label}: none of {len(names)} videos can be used ({left_out[0][0]}: {left_out[0][1]})")
+        raise InputError(f"{label}: none of {len(names)} videos can be used ({left_out[0]})")
+    if left_out:
+        say(f"{label}: {len(left_out)} left out, too short or unreadable (first: {left_out[0]})")
 
 
 def main_rank():
+    """Whether this process is the only one, or rank 0."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def say(text, file=None):
+    """Prints a line on stderr (or `file`), once for all ranks."""
     if main_rank():
         print(say.prefix + text, file=file or sys.stderr, flush=True)
 
@@ -514,12 +497,12 @@ say.prefix = ""  # what --i3d random puts before every line
 
 def statistics(videos, label, detector, size, args, cache=None):
     """The Statistics of a VideoSet's features. cache: a folder that keeps them, by everything that changes them."""
-    meta = {name: getattr(args, name) for name in ("frames", "stride", "seed")}
-    meta |= dict(size=list(size), kind=detector.kind, file=detector.name, detector=detector.digest)
-    path = None
+    stats = Statistics()
+    stats.meta = {name: getattr(args, name) for name in ("frames", "stride", "seed")}
+    stats.meta |= dict(size=list(size), kind=detector.kind, file=detector.name, detector=detector.digest)
     if cache:
-        key = meta | dict(version=1, num=args.num, batch=args.batch_size, device=torch.device(detector.device).type)
-        key |= dict(videos=videos.fingerprint(), order=videos.order(args.num))
+        key = stats.meta | dict(version=1, batch=args.batch_size, device=torch.device(detector.device).type)
+        key |= dict(num=args.num, order=videos.order(), videos=videos.fingerprint())
         path = os.path.join(cache, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".npz")
         found = [os.path.exists(path)]
         if torch.distributed.is_initialized():  # rank 0 decides: the others may look when it has just written the file
@@ -528,14 +511,13 @@ def statistics(videos, label, detector, size, args, cache=None):
             stats = Statistics.load(path)
             say(f"{label}: statistics of {stats.num} videos reused from {path}")
             return stats
-    stats = Statistics()
-    stats.meta = meta
-    for _, rows in stream(
-        videos.order(args.num), lambda name: videos.read(name, size),
-        lambda clips, _: detector(torch.from_numpy(np.stack(clips))).numpy(), args.num, args, label,
-    ):
-        stats.add(rows)
-    if path and main_rank():
+
+    def features(clips):
+        return list(detector(torch.from_numpy(np.stack(clips))).numpy())  # n of (400,)
+
+    for row in stream(videos, lambda name: videos.read(name, size), features, args, label):
+        stats.add([row])
+    if cache and main_rank():
         try:
             os.makedirs(cache, exist_ok=True)
             stats.save(path)
@@ -543,6 +525,24 @@ def statistics(videos, label, detector, size, args, cache=None):
         except OSError as error:
             say(f"warning: cannot store statistics in {cache} ({error.strerror}): --cache names another folder")
     return stats
+
+
+def report(real, fake):
+    """Prints FVD, of Statistics that were made in the same way (else InputError), and what could mislead about it."""
+    for name in ("frames", "size", "stride", "kind", "detector"):
+        if real.meta[name] != fake.meta[name]:
+            raise InputError(f"REAL and FAKE cannot be compared: {name} {real.meta[name]} against {fake.meta[name]}")
+    few, features = min(real.num, fake.num), len(real.mean)
+    if few <= features:
+        say(f"warning: {few} videos for {features} features: the covariance is rank-deficient and FVD far too high: "
+            "take 2,048 videos or more")
+    if real.num != fake.num:
+        say(f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both; --num makes them equal")
+    meta = fake.meta
+    height, width = meta["size"]
+    say(f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake videos | {meta['frames']} frames, "
+        f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']} | {KINDS[meta['kind']][2]}, {meta['file']}: "
+        f"{features} numbers before the softmax; one random clip of each video; covariance over N", sys.stdout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,7 +558,7 @@ def psnr_ssim(real, fake):
     x, y = (torch.from_numpy(np.ascontiguousarray(v)).double().permute(0, 3, 1, 2) / 255 for v in (real, fake))
     mse = (x - y).square().mean((1, 2, 3))  # (L,)
     psnr = 10 * torch.log10(1 / mse.clamp(min=1e-10))
-    window = torch.exp(-((torch.arange(11) - 5.0).double() ** 2) / (2 * 1.5**2))
+    window = torch.exp(-torch.arange(-5, 6, dtype=torch.float64) ** 2 / (2 * 1.5**2))
     window = (window / window.sum()).expand(3, 1, 1, 11)
 
     def blur(v):  # (L, 3, H, W) -> (L, 3, H - 10, W - 10)
@@ -571,32 +571,23 @@ def psnr_ssim(real, fake):
     return psnr.mean().item(), ssim.mean().item()
 
 
-def pair_up(real, fake):
-    """Keeps, in both sets, the videos whose names (without the ending) are in both."""
-    names = [{stem(name): name for name in videos.names} for videos in (real, fake)]
-    common = sorted(names[0].keys() & names[1].keys(), key=natural)
+def compare(real, fake, args):
+    """Prints PSNR and SSIM of the videos whose names, without the ending, are in both sets, and leaves only those."""
+    found = [{stem(name): name for name in videos.names} for videos in (real, fake)]
+    common = sorted(found[0].keys() & found[1].keys(), key=natural)
     if not common:
         raise InputError(f"--paired: no file in {fake.path} has the name of one in {real.path}")
-    real.names, fake.names = ([found[name] for name in common] for found in names)
-
-
-def compare(real, fake, args):
-    """Prints PSNR and SSIM of the videos of the same names."""
+    real.names, fake.names = ([names[name] for name in common] for names in found)
     partner = dict(zip(real.names, fake.names))
 
-    def read(name):
-        a, b = real.read(name, args.size), fake.read(partner[name], args.size)
-        if a.shape != b.shape:
-            raise BadVideo(f"{a.shape[1:3]} against {b.shape[1:3]} pixels: --size brings both to one")
-        if min(a.shape[1:3]) < 11:
-            raise BadVideo("smaller than SSIM's window of 11 pixels")
-        return a, b
+    def score(name):
+        x, y = real.read(name, args.size), fake.read(partner[name], args.size)
+        if x.shape != y.shape:
+            raise BadVideo(f"{x.shape[1:3]} against {y.shape[1:3]} pixels: --size brings both to one")
+        return psnr_ssim(x, y)
 
-    def compute(pairs, _):
-        return np.array([psnr_ssim(*pair) for pair in pairs])
-
-    rows = np.concatenate([rows for _, rows in stream(real.order(args.num), read, compute, args.num, args, "pairs")])
-    psnr, ssim = rows.mean(0)
+    rows = list(stream(real, score, list, args, "pairs"))
+    psnr, ssim = np.mean(rows, axis=0)
     say(f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f} | {len(rows)} pairs of videos of the same name, {args.frames} frames | "
         "mean over frames, then videos; SSIM of RGB channels, Gaussian window of 11, sigma 1.5", sys.stdout)
 
@@ -606,80 +597,81 @@ def compare(real, fake, args):
 
 
 def load_clip(path, device="cpu"):
-    """(model in float32, its preparation of a PIL image), from OpenAI's TorchScript archive or a state dict."""
+    """(model in float32, its preparation of a PIL image), from OpenAI's TorchScript archive or a state dict. Raises
+    InputError for a file that is missing or no CLIP."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # clip imports pkg_resources; torch calls TorchScript deprecated
-        import clip
-        from clip.clip import _MODELS, _transform
+        warnings.simplefilter("ignore")  # that clip imports pkg_resources
+        from clip.clip import _MODELS, _transform, build_model
 
-        if not os.path.isfile(path):
-            raise InputError(f"no CLIP file {path}: ViT-B/32 is at {_MODELS['ViT-B/32']}")
-        try:
-            state = torch.jit.load(path, map_location="cpu").state_dict() if is_torchscript(path) else \
-                torch.load(path, map_location="cpu", weights_only=True)
-            model = clip.model.build_model(dict(state)).float().to(device)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
-            raise InputError(f"{path} is no CLIP file: {str(error).splitlines()[0][:120]}") from None
+    if not os.path.isfile(path):
+        raise InputError(f"no CLIP file {path}: ViT-B/32 is at {_MODELS['ViT-B/32']}")
+    try:
+        script = load_torchscript(path)
+        state = read_checkpoint(path) if script is None else script.state_dict()
+        model = build_model(dict(state)).float().to(device)
+    except (RuntimeError, KeyError) as error:
+        raise InputError(f"{path} is no CLIP file: {str(error).splitlines()[0][:120]}") from None
     return model, _transform(model.visual.input_resolution)
 
 
 def find_prompts(videos, file):
-    """{video: prompt}: line i of the file for video i in natural order, or the .txt beside each video."""
-    beside = [os.path.join(videos.path, stem(name) + ".txt") for name in videos.names]
-    if not file and all(map(os.path.isfile, beside)):
-        return {name: open(path, encoding="utf-8").read().strip() for name, path in zip(videos.names, beside)}
+    """{video: prompt}: line i of the file (None: captions.txt in the videos' folder) for video i in natural order."""
     file = file or os.path.join(videos.path, "captions.txt")
     if not os.path.isfile(file):
-        raise InputError(f"no {file}: give --prompts FILE with one line a video, or lay a .txt beside each video")
+        raise InputError(f"no {file}: give --prompts FILE with one line a video")
     with open(file, encoding="utf-8") as lines:
         prompts = [line.strip() for line in lines if line.strip()]
     if len(prompts) != len(videos.names):
         raise InputError(f"{file} has {len(prompts)} prompts for {len(videos.names)} videos: give one line a video, in "
-                         "the order of their names, or lay a .txt beside each video")
+                         "the order of their names")
     return dict(zip(videos.names, prompts))
 
 
 def clipsim(videos, args, device):
     """Prints the cosine similarity of each frame with its video's prompt, averaged over frames, then videos."""
-    import clip
-
     model, prepare = load_clip(args.clip, device)
+    from clip import tokenize  # here, since load_clip() silences its import
+
     prompts = find_prompts(videos, args.prompts)
     try:
         table = open(args.csv, "w", newline="", encoding="utf-8") if args.csv and main_rank() else None
     except OSError as error:
         raise InputError(f"cannot write --csv {args.csv}: {error.strerror}") from None
 
-    @torch.inference_mode()
-    def compute(clips, names):
-        text = clip.tokenize([prompts[name] for name in names], model.context_length, truncate=True).to(device)
-        text = F.normalize(model.encode_text(text), dim=-1)  # (n, D)
-        scores = []
-        for frames, wanted in zip(clips, text):
-            frames = torch.stack([prepare(Image.fromarray(frame)) for frame in frames]).to(device)  # (L, 3, 224, 224)
-            scores.append((F.normalize(model.encode_image(frames), dim=-1) @ wanted).mean().item())
-        return np.array(scores)
-
     def read(name):
-        return videos.read(name, args.size, first=True)
+        return videos.read(name, args.size, first=True), prompts[name]
 
-    scores = {}
-    for names, rows in stream(videos.names, read, compute, args.num, args, "CLIPSIM"):
-        scores |= dict(zip(names, rows))
-    by_prompt = {}  # prompt: its videos' scores
-    for name, score in scores.items():
-        by_prompt.setdefault(prompts[name], []).append(score)
+    @torch.inference_mode()
+    def compute(pairs):
+        rows = []
+        for frames, prompt in pairs:
+            tokens = tokenize([prompt], model.context_length, truncate=True).to(device)
+            pictures = torch.stack([prepare(Image.fromarray(frame)) for frame in frames]).to(device)  # (L, 3, 224, 224)
+            similarity = F.cosine_similarity(model.encode_image(pictures), model.encode_text(tokens))  # (L,)
+            rows.append((prompt, similarity.mean().item()))
+        return rows
+
+    scores = {}  # prompt: its videos' scores
+    for prompt, value in stream(videos, read, compute, args, "CLIPSIM"):
+        scores.setdefault(prompt, []).append(value)
     if table:
         with table:
-            rows = [[prompt, len(values), f"{np.mean(values):.6f}"] for prompt, values in by_prompt.items()]
-            csv.writer(table).writerows([["prompt", "videos", "clipsim"], *rows])
-    say(f"CLIPSIM {np.mean(list(scores.values())):.4f} | {len(scores)} videos, {len(by_prompt)} prompts | first "
-        f"{args.frames} frames, CLIP {os.path.basename(args.clip)} | mean of the cosine similarity over frames, then "
-        "videos", sys.stdout)
+            csv.writer(table).writerow(["prompt", "videos", "clipsim"])
+            csv.writer(table).writerows([prompt, len(v), f"{np.mean(v):.6f}"] for prompt, v in scores.items())
+    values = np.concatenate(list(scores.values()))
+    say(f"CLIPSIM {np.mean(values):.4f} | {len(values)} videos, {len(scores)} prompts | first {args.frames} frames, "
+        f"CLIP {os.path.basename(args.clip)} | mean of the cosine similarity over frames, then videos", sys.stdout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
+
+
+def positive(text):
+    """argparse's type of a whole number above 0."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def flags():
@@ -687,52 +679,43 @@ def flags():
     parser.add_argument("real", metavar="REAL", help="folder of videos (any depth) or of folders of frames; a .npz of "
                         "stored statistics; or the word shapes, the embedded test set")
     parser.add_argument("fake", metavar="FAKE", nargs="?", help="the same; --clipsim takes one folder alone")
-    add = parser.add_argument_group("protocol").add_argument
-    add("--num", type=positive, help="videos of each set, chosen at random (none: all)")
-    add("--frames", type=positive, default=16, help="frames of a clip")
-    add("--size", type=pixels, help="64 or 256x512 (height x width): short side resized, middle cropped (none: the "
-        "size of FAKE's first video)")
-    add("--stride", type=positive, default=1, help="take every n-th frame")
-    add("--seed", type=int, default=0, help="of the random clips and choice, and of shapes")
-    add("--split", metavar="FILE", help="list of the videos of REAL to use, as UCF-101's trainlist01.txt")
-    add = parser.add_argument_group("FVD").add_argument
-    add("--i3d", metavar="FILE", help="i3d_torchscript.pt (a program: only from a source you trust), "
-        "i3d_pretrained_400.pt or rgb_imagenet.pt; random to try the script out")
-    add("--i3d-kind", choices=list(KINDS)[:3], help="how to feed the detector (none: as its file tells)")
-    add("--cache", metavar="DIR", default="~/.cache/cmd-fvd", help="keeps REAL's statistics ('': nowhere)")
-    add = parser.add_argument_group("other scores").add_argument
-    add("--paired", action="store_true", help="PSNR and SSIM of files of the same name in REAL and FAKE")
-    add("--clipsim", action="store_true", help="similarity of FAKE's frames with their prompts")
-    add("--clip", metavar="FILE", default="ViT-B-32.pt", help="OpenAI's CLIP file, or its state dict")
-    add("--prompts", metavar="FILE", help="one line a video, in the order of their names (none: the .txt beside each "
-        "video, or sample.py's captions.txt in the folder)")
-    add("--csv", metavar="FILE", help="where CLIPSIM of each prompt goes")
-    add = parser.add_argument_group("speed").add_argument
-    add("--batch-size", type=positive, default=4, help="videos at once on each rank")
-    add("--workers", type=positive, default=4, help="threads that read videos on each rank")
-    add("--device", help="cpu or cuda:1 (none: a GPU where there is one)")
+    protocol = parser.add_argument_group("protocol")
+    protocol.add_argument("--num", type=positive, help="videos of each set, chosen at random (default: all)")
+    protocol.add_argument("--frames", type=positive, default=16, help="L, frames a clip")
+    protocol.add_argument("--size", type=positive, nargs="+", help="pixels: one number, or height and width; resized "
+                          "to cover them, middle cropped (default: the size of FAKE's first video)")
+    protocol.add_argument("--stride", type=positive, default=1, help="take every n-th frame of the video")
+    protocol.add_argument("--seed", type=int, default=0, help="of the random clips and choice, and of shapes")
+    protocol.add_argument("--split", help="UCF-101 list of the videos of REAL to use, such as trainlist01.txt")
+    fvd = parser.add_argument_group("FVD")
+    fvd.add_argument("--i3d", metavar="FILE", help="i3d_torchscript.pt (a program: only from a source you trust), "
+                     "i3d_pretrained_400.pt or rgb_imagenet.pt; 'random' to try the script out")
+    fvd.add_argument("--i3d-kind", choices=["videogpt", "pytorch-i3d"], help="whose weights they are, and so how they "
+                     "are fed (default: as the file tells)")
+    fvd.add_argument("--cache", metavar="DIR", default="~/.cache/cmd-fvd", help="keeps REAL's statistics ('': nowhere)")
+    other = parser.add_argument_group("other scores")
+    other.add_argument("--paired", action="store_true", help="PSNR and SSIM of files of one name in REAL and FAKE")
+    other.add_argument("--clipsim", action="store_true", help="similarity of FAKE's frames with their prompts")
+    other.add_argument("--clip", metavar="FILE", default="ViT-B-32.pt", help="OpenAI's CLIP file, or its state dict")
+    other.add_argument("--prompts", metavar="FILE", help="one prompt a line for the videos in the order of their names "
+                       "(default: sample.py's captions.txt in the folder)")
+    other.add_argument("--csv", metavar="FILE", help="where CLIPSIM of each prompt goes (default: nowhere)")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--batch-size", type=positive, default=4, help="videos at once on each rank")
+    speed.add_argument("--workers", type=positive, default=4, help="threads that read videos on each rank")
     return parser
-
-
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def pixels(text):
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size as 64 or 256x512")
-    return data.pair([int(side) for side in text.split("x")] if "x" in text else int(text))
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
+    if args.size:
+        if len(args.size) > 2:
+            raise InputError("--size takes one number, or height and width")
+        args.size = data.pair(args.size)
     _, _, device = data.start(args.seed)
     torch.backends.cudnn.deterministic = True  # the figure must depend neither on the run
     torch.backends.cudnn.allow_tf32 = False  # nor, by TF32, on the machine
     torch.set_float32_matmul_precision("highest")
-    device = args.device or device
     if args.clipsim:
         return clipsim(VideoSet(args.fake or args.real, args), args, device)
     if not args.fake:
@@ -743,7 +726,6 @@ def main(argv=None):
     if args.paired:
         if stored:
             raise InputError("--paired needs videos, not a .npz")
-        pair_up(*sets)
         compare(*sets, args)
         if not args.i3d:
             return
@@ -754,25 +736,12 @@ def main(argv=None):
         say.prefix = "[random I3D: this number means nothing outside this run] "
     if detector and detector.kind != "torchscript" and args.frames < 9:
         raise InputError(f"I3D needs at least 9 frames: --frames {args.frames} is too few")
-    size = args.size or (stored[0].meta["size"] if stored else sets[1].native_size())
+    size = args.size or (stored[0].meta["size"] if stored else sets[1].native_size())  # (H, W)
     real, fake = (
         s if isinstance(s, Statistics) else statistics(s, label, detector, size, args, cache)
         for s, label, cache in zip(sets, ("REAL", "FAKE"), (os.path.expanduser(args.cache), None))
     )
-    for name in ("frames", "size", "stride", "kind", "detector"):
-        if real.meta[name] != fake.meta[name]:
-            raise InputError(f"REAL and FAKE cannot be compared: {name} {real.meta[name]} against {fake.meta[name]}")
-    value = frechet(*real.mean_cov(), *fake.mean_cov())
-    few, features = min(real.num, fake.num), len(real.shift)
-    if few <= features:
-        say(f"warning: {few} videos for {features} features: the covariance is rank-deficient and FVD far too high: "
-            "take 2,048 videos or more")
-    if real.num != fake.num:
-        say(f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both; --num makes them equal")
-    height, width = fake.meta["size"]
-    say(f"FVD {value:.2f} | {real.num} real, {fake.num} fake videos | {fake.meta['frames']} frames, {height}x{width}, "
-        f"stride {fake.meta['stride']}, seed {fake.meta['seed']} | {KINDS[fake.meta['kind']][2]}, {fake.meta['file']}: "
-        f"{features} numbers before the softmax; one random clip of each video; covariance over N", sys.stdout)
+    report(real, fake)
 
 
 if __name__ == "__main__":
