@@ -3,9 +3,11 @@ variety that of real ones?
 
     python sample.py --num 240 --out /tmp/generated && python tests/judge.py /tmp/generated
 
-Plain script; about two minutes on 2 cores. Prints the classifier's accuracy on real test clips, and for the generated
-ones the share whose shape and motion (motion alone) it names as captions.txt does, and the spread of colours and
-positions within a class as a share of the real spread.
+Plain script; about a minute on 2 cores. Prints the classifier's accuracy on real test clips, and for the generated
+ones the share whose shape and motion (motion alone) it names as captions.txt does, the Frechet distance of its features
+(an FVD for shapes: comparable between runs, since the classifier is always the same), and the spread of colours and
+positions within a class as a share of the real spread. Reads the folders of --reconstruct and --predict-motion as well:
+name their `fake` folder.
 """
 
 import os
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import MOVES, MovingShapes, find_videos, read_clip  # noqa: E402
+from fvd import frechet_distance  # noqa: E402
 
 FRAMES, SIZE = 16, 32
 
@@ -53,6 +56,12 @@ def train(steps=700, batch=48, seed=1):
 
 
 @torch.no_grad()
+def features(model, videos):
+    """(N, 64): the classifier's last feature maps, averaged over time and space."""
+    return torch.cat([model[:4](part).mean((2, 3, 4)) for part in videos.split(60)])
+
+
+@torch.no_grad()
 def accuracy(model, videos, labels):
     """(share named right, share whose motion is named right)"""
     named = torch.cat([model(part).argmax(1) for part in videos.split(60)])
@@ -82,13 +91,18 @@ def main(folder):
     real, real_labels = batch_of(test, range(600))
     whole, _ = accuracy(model, real, real_labels)
     print(f"classifier on 600 real test clips: {whole:.1%} right")
-    with open(os.path.join(folder, "captions.txt")) as file:
+    captions = os.path.join(folder, "captions.txt")
+    if not os.path.isfile(captions):  # sample.py writes them beside `real` and `fake`
+        captions = os.path.join(folder, "..", "captions.txt")
+    with open(captions) as file:
         labels = torch.tensor([MovingShapes.classes.index(" ".join(line.split()[-3:])) for line in file])
     names = sorted(name for name in find_videos(folder) if name.endswith(".mp4"))
     clips = np.stack([read_clip(os.path.join(folder, name), FRAMES) for name in names])
     videos = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     both, motion = accuracy(model, videos, labels)
     print(f"{len(videos)} generated clips: shape and motion right in {both:.1%}, motion in {motion:.1%}")
+    distance = frechet_distance(features(model, real), features(model, videos))
+    print(f"Frechet distance of the classifier's features to those of the 600 real clips: {distance:.2f}")
     ours, theirs = spread(videos, labels), spread(real, real_labels)
     shares = {name: ours[name] / theirs[name] for name in ours}
     print("spread within a class, as a share of the real: "
@@ -97,6 +111,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not os.path.isfile(os.path.join(sys.argv[1], "captions.txt")):
+    if len(sys.argv) != 2 or not os.path.isdir(sys.argv[1]):
         sys.exit("judge.py: name a folder that sample.py wrote from a shapes run")
     main(sys.argv[1])
