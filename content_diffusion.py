@@ -449,7 +449,6 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stable Diffusion's text encoders
 
-
 START, END = 49406, 49407  # CLIP's tokens around every caption
 
 
@@ -688,7 +687,6 @@ def load_dit(path, dit):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets and flags
-
 
 PRESETS = {
     # Against the paper: a small DiT that predicts the clean frame (what a narrow model can do best), the cosine schedule
