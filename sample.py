@@ -230,8 +230,10 @@ class Clock:
 
 
 def macs(call):
-    """Multiply-accumulates of a call: (of convolutions and linear layers, which the paper counts; of attention products).
-    On the meta device nothing is computed."""
+    """Multiply-accumulates of a call: (of convolutions and linear layers, which the paper counts; of attention).
+
+    On the meta device nothing is computed.
+    """
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         call()
     counts = counter.get_flop_counts()["Global"]  # two a multiply-accumulate
