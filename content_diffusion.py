@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from autoencoder import describe, load_autoencoder, load_weights, read_checkpoint, to_pixels, with_prefix
+from autoencoder import describe, half, load_autoencoder, load_weights, read_checkpoint, to_pixels, with_prefix
 from data import (
     EncodedClips,
     Flags,
@@ -57,9 +57,10 @@ from data import (
 class Diffusion:
     """Gaussian diffusion over 1000 timesteps: x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps.
 
-    schedule: 'linear' betas 1e-4 to 0.02 (DiT's), 'scaled_linear', Stable Diffusion's 0.00085 to 0.012, linear in their
-    roots, or 'cosine' (Nichol & Dhariwal 2021), which spends fewer steps on almost pure noise. predict: what the model returns, 'eps' as in the paper, 'v' = sqrt(abar) eps - sqrt(1 - abar) x, or the
-    clean 'x', which a narrow model can return where noise is more than it has room for.
+    schedule  'linear' betas 1e-4 to 0.02 (DiT's), 'scaled_linear', Stable Diffusion's 0.00085 to 0.012, linear in their
+              roots, or 'cosine' (Nichol & Dhariwal 2021, equation 17), which has fewer steps of almost pure noise
+    predict   what the model returns: 'eps' as in the paper, 'v' = sqrt(abar) eps - sqrt(1 - abar) x, or the clean 'x',
+              which a narrow model can return where noise is more than it has room for
     """
 
     def __init__(self, schedule="linear", predict="eps"):
@@ -67,7 +68,7 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         elif schedule == "scaled_linear":
             beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        else:
+        else:  # 0.008 keeps the first steps from adding next to nothing, 0.999 the last one finite
             u = torch.linspace(0, 1, 1001, dtype=torch.float64)
             abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
@@ -84,21 +85,23 @@ class Diffusion:
         return abar.sqrt(), (1 - abar).sqrt()
 
     def loss(self, model, x, t, eps):
-        """Equations 7 and 8, the mean squared error of model(x_t, t). x, eps (B, ...), t (B,) in 0..999."""
+        """Equations 7 and 8, the mean squared error of model(x_t, t). x, eps (B, ...), t (B,) in 0..999 -> a number."""
         signal, noise = self.scales(t, x)
         output = model(signal * x + noise * eps, t).float()
-        if self.predict == "x":  # an error e in x is one of e / sqrt(1 - abar) in v; bounded, so that detail waits
+        if self.predict == "x":
+            # An error in x is one of 1 / noise times its size in v. That weight is bounded by 1 / 0.5, or the smallest
+            # noise, under which only fine detail is left to mend, would outweigh all that the eye sees first.
             return ((output - x) / noise.clamp_min(0.5)).square().mean()
         target = eps if self.predict == "eps" else signal * eps - noise * x
         return (output - target).square().mean()
 
     def split(self, output, x_t, t):
-        """The model's output for x_t -> what it takes for the clean x and for the noise eps."""
+        """The model's output for x_t -> what it takes for the clean x and for the noise eps, both (B, ...)."""
         signal, noise = self.scales(t, x_t)
-        if self.predict == "v":
-            return signal * x_t - noise * output, signal * output + noise * x_t
         if self.predict == "x":
             return output, (x_t - signal * output) / noise
+        if self.predict == "v":
+            return signal * x_t - noise * output, signal * output + noise * x_t
         return (x_t - noise * output) / signal, output
 
 
@@ -125,10 +128,13 @@ def timestep_embedding(t, width):
 
 
 def modulate(x, shift, scale):
+    """x (B, N, width), shift and scale (B, width)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class TimestepEmbedder(nn.Module):
+    """t (B,) in 0..999 -> (B, width)."""
+
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -138,7 +144,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One vector a class, and a last one for 'nothing', which stands in for a dropped label."""
+    """Labels (B,) in 0..classes -> (B, width). The last, `classes`, stands for nothing: a dropped label."""
 
     def __init__(self, classes, width):
         super().__init__()
@@ -148,7 +154,20 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+def to_tokens(x):
+    """(B, C, H, W) -> (B, H W, C)"""
+    return x.flatten(2).transpose(1, 2)
+
+
+def attend(q, k, v, heads, causal=False):
+    """Multi-head attention: q (B, N, width), k and v (B, M, width) -> (B, N, width)."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N or M, width / heads)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
 class DiTAttention(nn.Module):
+    """Self-attention among N tokens: (B, N, width) -> (B, N, width)."""
+
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -156,29 +175,32 @@ class DiTAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+        return self.proj(attend(*self.qkv(x).chunk(3, dim=2), self.heads))
 
 
 class Mlp(nn.Module):
-    def __init__(self, width):
+    """The feed-forward of a transformer block: (B, N, width) -> (B, N, width)."""
+
+    def __init__(self, width, activation):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc1, self.fc2, self.activation = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), activation
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class DiTBlock(nn.Module):
-    """A transformer block that the condition shifts, scales and gates. Gates start at 0 (AdaLN-zero): the identity."""
+    """A transformer block that the condition c shifts, scales and gates: x (B, N, width), c (B, width) -> x's shape.
+
+    Gates start at 0 (AdaLN-zero), so that it is the identity at first.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = DiTAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, nn.GELU("tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
@@ -188,6 +210,8 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """x (B, N, width), c (B, width) -> (B, N, out)."""
+
     def __init__(self, width, out):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -200,7 +224,7 @@ class FinalLayer(nn.Module):
 
 
 def init_transformer(model):
-    """DiT's initialisation. Zero gates and a zero last layer: the model starts as the identity that outputs zero."""
+    """DiT's initialisation, of a DiT or a MotionDiT. Zero gates and a zero last layer: at first the output is zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -226,14 +250,15 @@ DIT_SIZES = {  # Peebles & Xie, table 1; "mini" is ours, for the shapes preset
 class DiT(nn.Module):
     """dit(x, t, labels): x (B, C, H, W), t (B,) in 0..999, labels (B,) in 0..classes -> (B, C, H, W).
 
-    Label `classes` means nothing. It has the raw DiT files' tensor names but predicts no variance, which DDIM with
-    eta 0 never uses. Defaults: DiT-XL/2 on Stable Diffusion's latents of 256x256.
+    Label `classes` means nothing. size: H and W, an int or a pair, divisible by `patch`, else InputError. Tensors have
+    the raw DiT files' names, but no variance is predicted: DDIM with eta 0 never uses it. Defaults: DiT-XL/2 on Stable
+    Diffusion's latents of 256x256. `checkpointing = True` recomputes activations in the backward pass.
     """
 
     def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, classes=1000):
         super().__init__()
-        self.channels, self.size, self.patch, self.classes = channels, pair(size), patch, classes
-        height, wide = self.size
+        self.channels, self.patch, self.classes = channels, patch, classes
+        height, wide = pair(size)
         if height % patch or wide % patch:
             raise InputError(f"a content frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}")
         self.grid = (height // patch, wide // patch)
@@ -248,13 +273,10 @@ class DiT(nn.Module):
         init_transformer(self)
 
     def forward(self, x, t, labels):
-        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, width)
+        x = to_tokens(self.x_embedder.proj(x)) + self.pos_embed  # (B, N, width)
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, width)
         for block in self.blocks:
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, c, use_reentrant=False)
-            else:
-                x = block(x, c)
+            x = checkpoint(block, x, c, use_reentrant=False) if self.checkpointing and self.training else block(x, c)
         x = self.final_layer(x, c)  # (B, N, patch * patch * C)
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid[0], p=self.patch, q=self.patch)
 
@@ -291,12 +313,12 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x, context):
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or M, width / heads)
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, width)
+        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
 class GEGLU(nn.Module):
+    """(B, N, width) -> (B, N, hidden): half of what is projected gates the other half."""
+
     def __init__(self, width, hidden):
         super().__init__()
         self.proj = nn.Linear(width, 2 * hidden)
@@ -325,7 +347,10 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the places of a feature map. `linear`: projects after flattening (2.1), else before."""
+    """A transformer block over the places of a feature map x (B, width, H, W), context (B, M, context) -> x's shape.
+
+    linear: whether the projections around it are linear layers on its tokens (2.1) or 1x1 convolutions (1.5).
+    """
 
     def __init__(self, width, context, heads, linear):
         super().__init__()
@@ -336,14 +361,13 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context, heads)])
 
     def forward(self, x, context):
+        def to_map(tokens):
+            return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
         h = self.norm(x)
-        h = h if self.linear else self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)  # (B, HW, width)
-        h = self.proj_in(h) if self.linear else h
+        h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))  # (B, HW, width)
         h = self.transformer_blocks[0](h, context)
-        h = self.proj_out(h) if self.linear else h
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, width, H, W)
-        return x + (h if self.linear else self.proj_out(h))
+        return x + (to_map(self.proj_out(h)) if self.linear else self.proj_out(to_map(h)))
 
 
 class UNet(nn.Module):
@@ -351,28 +375,28 @@ class UNet(nn.Module):
 
     The defaults are 1.5 (859.5 M parameters); `context=1024, head_width=64` is 2.1 (865.9 M), where the heads' width is
     fixed instead of their number and the transformers' projections are linear layers instead of 1x1 convolutions.
-    Set `checkpointing = True` to recompute activations in the backward pass instead of storing them.
+    `checkpointing = True` recomputes activations in the backward pass.
     """
 
-    def __init__(self, width=320, context=768, heads=8, head_width=None, channels=4, multipliers=(1, 2, 4, 4),
-                 blocks=2):
+    def __init__(self, width=320, context=768, heads=8, head_width=None, multipliers=(1, 2, 4, 4), blocks=2):
         super().__init__()
-        self.width, self.context, self.channels, self.checkpointing = width, context, channels, False
+        self.width, self.context, self.channels, self.checkpointing = width, context, 4, False
+        time_width, last = 4 * width, len(multipliers) - 1  # the last level, of lowest resolution, has no attention
 
         def transformer(outputs):
-            count = heads if head_width is None else max(1, outputs // head_width)
+            count = heads if head_width is None else outputs // head_width
             return SpatialTransformer(outputs, context, count, linear=head_width is not None)
 
-        time_width, here, skips = 4 * width, width, [width]
-        last = len(multipliers) - 1  # the level of lowest resolution, which has no attention
+        def layers(inputs, outputs, level):
+            return nn.ModuleList([ResBlock(inputs, outputs, time_width)] + [transformer(outputs)] * (level < last))
+
+        here, skips = width, [width]  # channels so far, and of the skip connections
         self.time_embed = nn.Sequential(nn.Linear(width, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
-        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(channels, width, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(4, width, 3, padding=1)])])
         for level, multiplier in enumerate(multipliers):
-            outputs = width * multiplier
             for _ in range(blocks):
-                layers = [ResBlock(here, outputs, time_width)] + [transformer(outputs)] * (level < last)
-                self.input_blocks.append(nn.ModuleList(layers))
-                here = outputs
+                self.input_blocks.append(layers(here, width * multiplier, level))
+                here = width * multiplier
                 skips.append(here)
             if level < last:
                 down = nn.ModuleDict(dict(op=nn.Conv2d(here, here, 3, stride=2, padding=1)))
@@ -382,20 +406,20 @@ class UNet(nn.Module):
             [ResBlock(here, here, time_width), transformer(here), ResBlock(here, here, time_width)])
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(multipliers))):
-            outputs = width * multipliers[level]
             for i in range(blocks + 1):
-                layers = [ResBlock(here + skips.pop(), outputs, time_width)] + [transformer(outputs)] * (level < last)
-                here = outputs
-                if level and i == blocks:
-                    layers.append(nn.ModuleDict(dict(conv=nn.Conv2d(here, here, 3, padding=1))))
-                self.output_blocks.append(nn.ModuleList(layers))
-        self.out = nn.Sequential(nn.GroupNorm(32, here), nn.SiLU(), nn.Conv2d(here, channels, 3, padding=1))
+                self.output_blocks.append(layers(here + skips.pop(), width * multipliers[level], level))
+                here = width * multipliers[level]
+            if level:
+                up = nn.ModuleDict(dict(conv=nn.Conv2d(here, here, 3, padding=1)))
+                self.output_blocks[-1].append(up)
+        self.out = nn.Sequential(nn.GroupNorm(32, here), nn.SiLU(), nn.Conv2d(here, 4, 3, padding=1))
 
     def run(self, layers, x, time, context, size=None):
+        """x (B, C, H, W) through the layers of a block. size: H and W that an upsampling ends with."""
         for layer in layers:
             if isinstance(layer, (ResBlock, SpatialTransformer)):
                 condition = time if isinstance(layer, ResBlock) else context
-                if self.checkpointing and torch.is_grad_enabled():
+                if self.checkpointing and self.training:
                     x = checkpoint(layer, x, condition, use_reentrant=False)
                 else:
                     x = layer(x, condition)
@@ -403,12 +427,12 @@ class UNet(nn.Module):
                 x = layer(x)
             elif "op" in layer:
                 x = layer["op"](x)  # (B, C, ceil(H/2), ceil(W/2))
-            else:  # to the size that the next skip has: twice this one, or one less where that was odd
+            else:
                 x = layer["conv"](F.interpolate(x, size=size, mode="nearest"))
         return x
 
     def forward(self, x, t, context):
-        """x (B, 4, H, W) scaled latents, t (B,) timesteps 0 to 999, context (B, 77, context) -> noise (B, 4, H, W)."""
+        """x (B, 4, H, W) scaled latents, t (B,) in 0..999, context (B, 77, context) -> noise (B, 4, H, W)."""
         time = self.time_embed(timestep_embedding(t, self.width).to(x.dtype))  # (B, 4 width)
         skips = []
         for layers in self.input_blocks:
@@ -417,13 +441,13 @@ class UNet(nn.Module):
         x = self.run(self.middle_block, x, time, context)
         for layers in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
+            # Up to the next skip's size: twice this one, or one less where that was odd.
             x = self.run(layers, x, time, context, size=skips[-1].shape[2:] if skips else None)
         return self.out(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stable Diffusion's text encoders
-
 
 START, END = 49406, 49407  # CLIP's tokens around every caption
 
@@ -434,40 +458,39 @@ def tokenizer():
     return SimpleTokenizer()
 
 
-def tokenize(captions, pad, length=77):
-    """A list of N captions -> tokens (N, length): START, the words, END, then `pad`.
+def tokenize(captions, pad):
+    """A list of B captions -> tokens (B, 77): START, the words, END, then `pad`.
 
     Longer captions lose their last words (END stays last); one warning a call names the words lost.
     """
-    tokens, lost = torch.full((len(captions), length), pad), []
+    tokens, lost = torch.full((len(captions), 77), pad), []
     for row, caption in zip(tokens, captions):
         words = tokenizer().encode(caption)
-        if len(words) > length - 2:
-            lost.append(tokenizer().decode(words[length - 2:]).strip())
-            words = words[:length - 2]
-        row[:len(words) + 2] = torch.tensor([START, *words, END])
+        if len(words) > 75:
+            lost.append(tokenizer().decode(words[75:]).strip())
+        words = [START, *words[:75], END]
+        row[:len(words)] = torch.tensor(words)
     if lost:
         more = f", and the ends of {len(lost) - 1} more prompts" if len(lost) > 1 else ""
-        warnings.warn(f"a prompt is longer than {length} tokens; left out: '{lost[0]}'{more}", stacklevel=2)
+        warnings.warn(f"a prompt is longer than 77 tokens; left out: '{lost[0]}'{more}", stacklevel=2)
     return tokens
 
 
 class TextLayer(nn.Module):
+    """(B, N, width) -> (B, N, width): causal attention, then a feed-forward; pre-norm."""
+
     def __init__(self, width, heads, quick_gelu):
         super().__init__()
-        self.heads, self.quick_gelu = heads, quick_gelu
+        self.heads = heads
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attn = nn.ModuleDict({f"{part}_proj": nn.Linear(width, width) for part in ("q", "k", "v", "out")})
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width)))
+        self.mlp = Mlp(width, (lambda h: h * torch.sigmoid(1.702 * h)) if quick_gelu else F.gelu)
 
     def forward(self, x):
         h, attention = self.layer_norm1(x), self.self_attn
-        q, k, v = (layer(h).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, width / heads)
-                   for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + attention.out_proj(h.transpose(1, 2).flatten(2))
-        h = self.mlp.fc1(self.layer_norm2(x))
-        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
+        h = attend(attention.q_proj(h), attention.k_proj(h), attention.v_proj(h), self.heads, causal=True)
+        x = x + attention.out_proj(h)
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class TextEncoder(nn.Module):
@@ -478,26 +501,25 @@ class TextEncoder(nn.Module):
     is not masked.
     """
 
-    def __init__(self, width=768, layers=12, heads=12, quick_gelu=True, pad=END, vocabulary=49408, length=77):
+    def __init__(self, width=768, layers=12, heads=12, quick_gelu=True, pad=END):
         super().__init__()
-        self.config = dict(width=width, layers=layers, heads=heads, quick_gelu=quick_gelu, pad=pad,
-                           vocabulary=vocabulary, length=length)
-        self.width, self.pad, self.length = width, pad, length
-        self.embeddings = nn.ModuleDict(dict(token_embedding=nn.Embedding(vocabulary, width),
-                                             position_embedding=nn.Embedding(length, width)))
-        self.encoder = nn.ModuleDict(dict(
-            layers=nn.ModuleList(TextLayer(width, heads, quick_gelu) for _ in range(layers))))
+        self.config = dict(width=width, layers=layers, heads=heads, quick_gelu=quick_gelu, pad=pad)
+        self.width, self.pad = width, pad
+        self.embeddings = nn.ModuleDict(dict(token_embedding=nn.Embedding(49408, width),
+                                             position_embedding=nn.Embedding(77, width)))
+        self.encoder = nn.ModuleDict(dict(layers=nn.ModuleList(
+            TextLayer(width, heads, quick_gelu) for _ in range(layers))))
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, tokens):
-        x = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight[:tokens.shape[1]]
+        x = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight
         for layer in self.encoder["layers"]:
             x = layer(x)
         return self.final_layer_norm(x)
 
     def encode(self, captions):
         """A list of B captions ('' is the empty prompt) -> hidden states (B, 77, width) on the encoder's device."""
-        tokens = tokenize(captions, self.pad, self.length)
+        tokens = tokenize(captions, self.pad)
         return self(tokens.to(self.final_layer_norm.weight.device, non_blocking=True))
 
 
@@ -506,74 +528,76 @@ class TextEncoder(nn.Module):
 
 
 def build_unet(tensors, path):
-    """The UNet in a Stable Diffusion file's tensors; its sizes, and so its version, come from their shapes."""
+    """The UNet in a Stable Diffusion file's tensors; its sizes, and so its version, come from their shapes.
+
+    `path` opens the InputError for another kind of file.
+    """
     own = with_prefix(tensors, "model.diffusion_model.") or tensors  # a run's own has no prefix
-    if "input_blocks.0.0.weight" not in own or any(name.startswith("label_emb.") for name in own):
+    first, keys = (own.get(f"input_blocks.{name}.weight") for name in ("0.0", "1.1.transformer_blocks.0.attn2.to_k"))
+    if first is None or keys is None or any(name.startswith("label_emb.") for name in own):
         raise InputError(f"{path} is not a Stable Diffusion 1.5 or 2.1 file: {describe(tensors)}")
-    width, channels = own["input_blocks.0.0.weight"].shape[:2]
+    width, channels = first.shape[:2]
     if channels != 4:
         kind = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpainting"}.get(channels, "another")
         raise InputError(f"{path}: this is the {kind} U-Net: {channels} input channels instead of 4")
     levels = 1 + sum(name.endswith(".0.op.weight") for name in own)
     blocks = len({name.split(".")[1] for name in own if name.startswith("input_blocks.")}) // levels - 1
-    multipliers = [len(own.get(f"input_blocks.{1 + i * (blocks + 1)}.0.out_layers.3.weight", ())) // width
+    multipliers = [len(own.get(f"input_blocks.{1 + i * (blocks + 1)}.0.out_layers.3.weight", first)) // width
                    for i in range(levels)]
-    keys = own.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-    if keys is None or 0 in multipliers or width % 32:
-        raise InputError(f"{path}: the U-Net lacks tensors from which its sizes are read: is the file complete?")
     linear = own.get("input_blocks.1.1.proj_in.weight", keys).ndim == 2
     with torch.device("meta"):
-        unet = UNet(width, keys.shape[1], 8, 64 if linear else None, channels, multipliers, blocks)
+        unet = UNet(width, keys.shape[1], 8, 64 if linear else None, multipliers, blocks)
     load_weights(unet, own, f"{path}: the U-Net")
     return unet.to(memory_format=torch.channels_last)  # what tensor cores convolve in
 
 
+OPENCLIP = {  # parts of OpenCLIP's names: Hugging Face's
+    "transformer.resblocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+    "token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm",
+    "positional_embedding": "embeddings.position_embedding.weight",
+}
+
+
 def from_openclip(tensors):
     """OpenCLIP's names -> Hugging Face's, without the last layer: Stable Diffusion 2 reads the one before it."""
-    names = {"token_embedding.weight": "embeddings.token_embedding.weight",
-             "positional_embedding": "embeddings.position_embedding.weight",
-             "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias"}
-    parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-    own = {new: tensors[old] for old, new in names.items() if old in tensors}
-    layers = with_prefix(tensors, "transformer.resblocks.")
-    last = max(int(name.split(".")[0]) for name in layers)
-    for name, tensor in layers.items():
-        layer, _, part = name.partition(".")
-        part, _, kind = part.rpartition(".")
-        if int(layer) == last:
+    last = max((int(name.split(".")[2]) for name in tensors if name.startswith("transformer.resblocks.")), default=0)
+    own = {}
+    for name, tensor in tensors.items():
+        if name.startswith(f"transformer.resblocks.{last}."):
             continue
-        if kind.startswith("in_proj_"):  # q, k and v in one
+        for theirs, ours in OPENCLIP.items():
+            name = name.replace(theirs, ours)
+        if "attn.in_proj_" in name:  # q, k and v in one
             for part, third in zip("qkv", tensor.chunk(3)):
-                own[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind[8:]}"] = third
+                own[name.replace("attn.in_proj_", f"self_attn.{part}_proj.")] = third
         else:
-            own[f"encoder.layers.{layer}.{parts.get(part, part)}.{kind}"] = tensor
+            own[name] = tensor
     return own
 
 
 def build_text_encoder(tensors, path):
-    """The frozen TextEncoder in a file's tensors: CLIP's in Hugging Face's names, or OpenCLIP's in its own."""
-    own, openclip = {}, False
-    for prefix in ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.", "text_model.",
-                   "cond_stage_model.model.", ""):
-        part = with_prefix(tensors, prefix)
-        openclip = "transformer.resblocks.0.attn.in_proj_weight" in part
-        if openclip or "embeddings.token_embedding.weight" in part:
-            own = from_openclip(part) if openclip else {
-                name: tensor for name, tensor in part.items()
-                if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and "position_ids" not in name}
-            break
-    layers = {name.split(".")[2] for name in own if name.startswith("encoder.layers.")}
-    table, positions = (own.get(f"embeddings.{part}_embedding.weight") for part in ("token", "position"))
-    if not layers or table is None or positions is None:
+    """The frozen TextEncoder in a file's tensors: CLIP's in Hugging Face's names, or OpenCLIP's in its own.
+
+    `path` opens the InputError for another kind of file.
+    """
+    table = next((name for name in tensors if name.endswith("token_embedding.weight")), None)
+    if table is None:
         raise InputError(f"{path}: this file has no text encoder; {describe(tensors)}")
-    if len(table) != 49408:
-        raise InputError(f"{path}: the text encoder knows {len(table)} tokens; CLIP's, which is needed, knows 49408")
-    width = table.shape[1]
+    openclip = not table.endswith("embeddings.token_embedding.weight")
+    own = with_prefix(tensors, table.removesuffix("token_embedding.weight").removesuffix("embeddings."))
+    own = {name: tensor for name, tensor in (from_openclip(own) if openclip else own).items()
+           if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and "position_ids" not in name}
+    layers, width = len({name.split(".")[2] for name in own if name.startswith("encoder.")}), tensors[table].shape[1]
+    config = dict(width=width, layers=layers, heads=width // 64, quick_gelu=not openclip, pad=0 if openclip else END)
+    return open_text_encoder(config, own, f"{path}: the text encoder")
+
+
+def open_text_encoder(config, weights, what="the run's text encoder"):
+    """A TextEncoder, float32, frozen, on the CPU, by its config and weights as a checkpoint keeps them."""
     with torch.device("meta"):
-        encoder = TextEncoder(width, len(layers), max(1, width // 64), quick_gelu=not openclip,
-                              pad=0 if openclip else END, length=len(positions))
-    load_weights(encoder, own, f"{path}: the text encoder")
+        encoder = TextEncoder(**config)
+    load_weights(encoder, weights, what)
     return encoder.eval().requires_grad_(False)
 
 
@@ -581,7 +605,7 @@ def build_text_encoder(tensors, path):
 def noise_agreement(unet, encoder):
     """Cosine between a U-Net's input and output at t = 999. That input is all but noise, so a model that predicts the
     noise returns it (close to 1), and one that predicts v, there minus the clean latent, does not."""
-    tokens = torch.full((1, encoder.length), encoder.pad)
+    tokens = torch.full((1, 77), encoder.pad)
     tokens[0, :2] = torch.tensor([START, END])
     x = torch.randn(1, unet.channels, 16, 16, generator=torch.Generator().manual_seed(0))
     return F.cosine_similarity(unet(x, torch.tensor([999]), encoder(tokens)).flatten(), x.flatten(), dim=0).item()
@@ -590,26 +614,22 @@ def noise_agreement(unet, encoder):
 def load_stable_diffusion(path):
     """Reads a full Stable Diffusion 1.5 or 2.1-base file (.safetensors, .ckpt) -> UNet, TextEncoder (frozen).
 
-    In float32, on the CPU. The version is told by the shapes; the plain weights are taken, never 'model_ema.'.
-    Shapes cannot tell the 768 model of 2.1, which predicts v: it is refused if the file says so (hyper-parameters,
-    metadata, a 'v_pred' tensor), or if its name does and its answer at t = 999 is not the noise; an answer that is not
-    the noise under another name is a warning. Raises InputError.
+    In float32, on the CPU. The version is told by the shapes; the plain weights are taken, never 'model_ema.'. Shapes
+    cannot tell the 768 model of 2.1, which predicts v: where the answer at t = 999 is not the noise, a file that says
+    so too (hyper-parameters, metadata, a 'v_pred' tensor, its name) is refused, another warned of. Raises InputError.
     """
     hints = {}
     tensors = read_checkpoint(path, hints)
     unet, encoder = build_unet(tensors, path), build_text_encoder(tensors, path)
-    if unet.context != encoder.width:
-        raise InputError(f"{path}: the U-Net reads text of width {unet.context}, the encoder writes {encoder.width}")
-    said = [f"{name} = {value}" for name, value in hints.items() if name.split(".")[-1] in (
-        "parameterization", "prediction_type") and value.lower() in ("v", "v_prediction", "vpred")]
-    said += ["a tensor named v_pred"] if "v_pred" in tensors else []
     agreement = noise_agreement(unet, encoder)
-    if not said and agreement < 0.7 and (word := re.search(r"768|v-?_?pred", os.path.basename(path).lower())):
-        said = [f"its name has {word[0]}, and its answer at t = 999 is not the noise"]
-    if said:
-        raise InputError(f"{path}: this is the 768 v-prediction model or one like it ({said[0]}); "
-                         "one that predicts the noise is needed, as v2-1_512-ema-pruned")
     if agreement < 0.7:
+        said = [f"{name} = {value}" for name, value in hints.items() if name.split(".")[-1] in (
+            "parameterization", "prediction_type") and value.lower() in ("v", "v_prediction", "vpred")]
+        said += ["a tensor named v_pred"] if "v_pred" in tensors else []
+        said += [f"its name has {word}" for word in re.findall(r"768|v-?_?pred", os.path.basename(path).lower())]
+        if said:
+            raise InputError(f"{path}: this is the 768 v-prediction model or one like it ({said[0]}); "
+                             "one that predicts the noise is needed, as v2-1_512-ema-pruned")
         warnings.warn(f"{path}: at t = 999 the U-Net's answer has cosine {agreement:.2f} with the noise, where a model"
                       " that predicts it has almost 1: a v-prediction model, or not a trained one", stacklevel=2)
     return unet, encoder
@@ -628,54 +648,45 @@ def load_dit(path, dit):
     """
     tensors, own, notes = read_checkpoint(path), dit.state_dict(), []
     kernel, table, last = "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear."
-    if not {kernel, table, last + "weight", last + "bias"} <= tensors.keys():
+    if not {kernel, table, last + "weight", last + "bias", "pos_embed"} <= tensors.keys():
         raise InputError(f"{path} is no DiT: {describe(tensors)}")
     width, channels, patch = tensors[kernel].shape[:3]
     if width != own[kernel].shape[0]:
         raise InputError(f"{path} is a DiT of width {width}, and the model has {own[kernel].shape[0]}: choose its size")
 
-    fresh = own[table].clone()
-    fresh[-1] = tensors[table][-1]
-    notes.append(f"class table: {len(tensors[table]) - 1} classes left out, {len(fresh) - 1} start fresh; the last row,"
+    notes.append(f"class table: {len(tensors[table]) - 1} classes left out, {dit.classes} start fresh; the last row,"
                  " which stands for no class, is kept")
-    tensors[table] = fresh
+    tensors[table] = torch.cat([own[table][:-1], tensors[table][-1:]])
 
-    positions = tensors.pop("pos_embed", None)  # (1, N, width) of a square grid
-    if positions is not None:
-        side = math.isqrt(positions.shape[1])
-        same = side**2 == positions.shape[1] and torch.allclose(
-            positions[0].float(), sincos_positions(side, side, width), atol=1e-4)
-        if not same:
-            notes.append("positions: the file's are not DiT's sines and cosines; left out, the model computes its own")
-        elif dit.grid != (side, side):
-            notes.append(f"positions: computed for {dit.grid[0]}x{dit.grid[1]} patches instead of {side}x{side}")
+    side = math.isqrt(tensors.pop("pos_embed").shape[1])  # (1, N, width), sines and cosines of a square grid
+    if dit.grid != (side, side):
+        notes.append(f"positions: computed for {dit.grid[0]}x{dit.grid[1]} patches instead of {side}x{side}")
 
     # The rows of the last layer are (p, q, channel), and a file that learned sigma has twice the channels.
     heads = {kind: tensors[last + kind].float().unflatten(0, (patch, patch, -1)) for kind in ("weight", "bias")}
     if heads["bias"].shape[2] == 2 * channels:
         heads = {kind: tensor[:, :, :channels] for kind, tensor in heads.items()}
         notes.append(f"output: the {channels} channels of sigma left out")
+    if patch != dit.patch and channels == dit.channels:
+        def resize(tensor):  # (..., patch, patch) -> (..., dit.patch, dit.patch)
+            return F.interpolate(tensor, size=(dit.patch, dit.patch), mode="bilinear", antialias=True)
+
+        # A patch of one colour must give the same token, so the kernel keeps its sum; each pixel keeps its output.
+        tensors[kernel] = resize(tensors[kernel].float()) * (patch / dit.patch) ** 2
+        for kind, tensor in heads.items():
+            resized = resize(tensor.flatten(2).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+            heads[kind] = resized.unflatten(2, tensor.shape[2:])
+        notes.append(f"patch: {dit.patch} instead of {patch}; the patch embedding and last layer are resized")
+    tensors |= {last + kind: tensor.flatten(0, 2) for kind, tensor in heads.items()}
     if channels != dit.channels:  # latents and pixels, or other latents: no channel means the same
         notes.append(f"channels: {dit.channels} instead of {channels}; the patch embedding and last layer start fresh")
         tensors |= {name: own[name] for name in own if name.startswith(("x_embedder.", last))}
-    else:
-        if patch != dit.patch:
-            def resize(tensor):  # (..., patch, patch) -> (..., dit.patch, dit.patch)
-                return F.interpolate(tensor, size=(dit.patch, dit.patch), mode="bilinear", antialias=True)
-
-            # A patch of one colour must give the same token, so the kernel keeps its sum; each pixel keeps its output.
-            tensors[kernel] = resize(tensors[kernel].float()) * (patch / dit.patch) ** 2
-            heads = {kind: resize(tensor.reshape(patch, patch, -1).permute(2, 0, 1)[None])[0].permute(1, 2, 0).reshape(
-                dit.patch, dit.patch, *tensor.shape[2:]) for kind, tensor in heads.items()}
-            notes.append(f"patch: {dit.patch} instead of {patch}; the patch embedding and last layer are resized")
-        tensors |= {last + kind: tensor.flatten(0, 2) for kind, tensor in heads.items()}
     load_weights(dit, tensors, f"{path}: the DiT")
     return notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets and flags
-
 
 PRESETS = {
     # Against the paper: a small DiT that predicts the clean frame (what a narrow model can do best), the cosine schedule
@@ -701,37 +712,44 @@ PRESETS = {
 }
 
 
+def shared_flags(text, presets, model):
+    """(parser, its group `model`) with the flags of stages 2 and 3; each adds those of its own model to that group."""
+    parser = Flags(text.split("\n")[0])
+    add = parser.add_argument_group("run").add_argument
+    add("--preset", choices=presets, help="fills every default below (default: the run's, else shapes)")
+    add("--run", help="run folder with the encodings (default: runs/PRESET)")
+    add("--data", help="the data set that was encoded; only checked against the encodings")
+    add("--resume", action="store_true", help="go on from the run folder's checkpoint")
+    add("--seed", type=int, default=0, help="of the weights, the order of the clips and the noise")
+    add("--workers", type=int, help="loader processes on each rank")
+    group = parser.add_argument_group(model)
+    add = parser.add_argument_group("diffusion").add_argument
+    add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean latent")
+    add("--schedule", choices=["linear", "scaled_linear", "cosine"],
+        help="betas: DiT's, Stable Diffusion's, or the cosine's")
+    add("--drop", type=float, help="how often the label or prompt is dropped, for guidance")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, help="steps in all")
+    add("--batch-size", type=int, help="clips a step, over all ranks")
+    add("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
+    add("--lr", type=float, help="Adam's learning rate")
+    add("--decay-steps", type=int, help="short rise and cosine decay of the rate by this step; 0 keeps it constant")
+    add("--ema", type=float, help="decay of the weights' moving average")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--checkpointing", action="store_true", help="less memory, a third more time")
+    add("--log-every", type=int, help="steps between rows of the log")
+    add("--save-every", type=int, help="steps between checkpoints")
+    add("--preview-every", type=int, help="steps between pictures in previews/")
+    return parser, group
+
+
 def flags():
-    parser = Flags(__doc__.split("\n")[0])
-    run_ = parser.add_argument_group("run")
-    run_.add_argument("--preset", choices=PRESETS, help="fills every default below (default: the run's, else shapes)")
-    run_.add_argument("--run", help="run folder with the encodings (default: runs/PRESET)")
-    run_.add_argument("--data", help="the data set that was encoded; only checked against the encodings")
-    run_.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    run_.add_argument("--seed", type=int, default=0)
-    run_.add_argument("--workers", type=int, help="loader processes on each rank")
-    model = parser.add_argument_group("model (table 7)")
+    parser, model = shared_flags(__doc__, PRESETS, "model (table 7)")
     model.add_argument("--model", choices=[*DIT_SIZES, "sd"], help="DiT's size, or sd: Stable Diffusion's U-Net")
-    model.add_argument("--patch", type=int, help="DiT's patch")
-    model.add_argument("--sd", help="raw Stable Diffusion 1.5 or 2.1-base file, for --model sd")
+    model.add_argument("--patch", type=int, help="DiT's patch on the content frame")
+    model.add_argument("--sd", help="raw Stable Diffusion 1.5 or 2.1-base file to start from, for --model sd")
     model.add_argument("--dit", help="raw ImageNet DiT file to start a DiT from, such as DiT-XL-2-256x256.pt")
-    model.add_argument("--predict", choices=["eps", "v", "x"], help="what the model predicts")
-    model.add_argument("--schedule", choices=["linear", "scaled_linear", "cosine"],
-                       help="betas: DiT's, Stable Diffusion's, or the cosine's")
-    train = parser.add_argument_group("training")
-    train.add_argument("--steps", type=int, help="steps in all")
-    train.add_argument("--batch-size", type=int, help="clips a step, over all ranks")
-    train.add_argument("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
-    train.add_argument("--lr", type=float)
-    train.add_argument("--decay-steps", type=int, help="cosine decay of the rate by this step; 0 keeps it")
-    train.add_argument("--ema", type=float, help="decay of the weights' moving average")
-    train.add_argument("--drop", type=float, help="how often the label or prompt is dropped, for guidance")
-    train.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    train.add_argument("--compile", action="store_true", help="torch.compile the model")
-    train.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
-    train.add_argument("--log-every", type=int)
-    train.add_argument("--save-every", type=int)
-    train.add_argument("--preview-every", type=int)
     return parser
 
 
@@ -739,25 +757,18 @@ def flags():
 # Training
 
 
+def from_config(kind, config):
+    """A DiT or MotionDiT (`kind`) by a checkpoint's config, which also names its size."""
+    return kind(**{name: value for name, value in config.items() if name != "model"})
+
+
 def build_content_model(state):
     """The content model of a checkpoint dict, with its EMA weights: (DiT or UNet, TextEncoder or None)."""
     if state["config"]["model"] == "sd":
-        model = build_unet(state["ema"], "content.pt")
-        return model, build_saved_text_encoder(state["text_encoder"])
-    model = DiT(**{name: value for name, value in state["config"].items() if name != "model"})
+        return build_unet(state["ema"], "content.pt"), open_text_encoder(**state["text_encoder"])
+    model = from_config(DiT, state["config"])
     model.load_state_dict(state["ema"])
     return model, None
-
-
-def save_text_encoder(encoder):
-    return dict(config=encoder.config, weights={name: tensor.half() for name, tensor in encoder.state_dict().items()})
-
-
-def build_saved_text_encoder(saved):
-    with torch.device("meta"):
-        encoder = TextEncoder(**saved["config"])
-    load_weights(encoder, saved["weights"], "the run's text encoder")
-    return encoder.requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -803,21 +814,20 @@ def main():
             raise InputError(f"the content frames in {args.run} have {shape[0]} channels, Stable Diffusion's latents "
                              f"{model.channels}: encode with `autoencoder.py --preset webvid_sd15`")
     else:
-        model = DiT(**{name: value for name, value in config.items() if name != "model"})
+        model = from_config(DiT, config)
         for note in load_dit(args.dit, model) if args.dit else ():
             if rank == 0:
                 print(f"{args.dit}: {note}")
-    ema = copy.deepcopy(model).to(device).eval().requires_grad_(False)
-    if saved:
-        model.load_state_dict(saved["model"])
-    model = model.to(device).train().requires_grad_(True)
+    model.to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.checkpointing = args.checkpointing
     if text_encoder:
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
     first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)
-    if saved:
+    if saved:  # the model above has the averages
+        model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first, (loss_sum, bad_row, skipped) = saved["step"], saved["counts"].to(device)
     diffusion = Diffusion(args.schedule, args.predict).to(device)
@@ -838,7 +848,7 @@ def main():
             stage="content", step=step, args=vars(args), config=config, classes=dataset.classes, shape=list(shape),
             fingerprint=dataset.index["fingerprint"], model=model.state_dict(), ema=ema.state_dict(),
             optimizer=optimizer.state_dict(), counts=torch.stack([loss_sum, bad_row, skipped]),
-            text_encoder=text_encoder and save_text_encoder(text_encoder)))
+            text_encoder=text_encoder and dict(config=text_encoder.config, weights=half(text_encoder))))
 
     batches = stream(dataset, args.batch_size, args.seed, first, args.workers, rank, world)
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
@@ -862,8 +872,7 @@ def main():
         dropped = torch.rand(args.batch_size, generator=generator, device=device)[mine] < args.drop
         condition = condition_of(batch, dropped)
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
         for part in parts:
             with last_only(predict, part, parts):
                 with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
@@ -873,7 +882,7 @@ def main():
             loss_sum += loss.detach().nan_to_num(0, 0, 0) / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
         bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
-        optimizer.found_inf = bad.float()  # so the device need not be asked
+        optimizer.found_inf = bad.float()  # so that the device need not be asked
         optimizer.step()
         optimizer.zero_grad()
         bad_row, skipped = (bad_row + 1) * bad, skipped + bad
@@ -888,14 +897,14 @@ def main():
         if saving or logging:
             loss_sum = average(loss_sum)
         if logging:
-            row = dict(step=done, lr=learning_rate(args, step), grad_norm=norm.item(), skipped=int(skipped),
+            row = dict(step=done, lr=lr, grad_norm=norm.item(), skipped=int(skipped),
                        loss=loss_sum.item() / (done % args.log_every or args.log_every),
                        clips_per_second=(done - since) * args.batch_size / (time.perf_counter() - clock))
-            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['clips_per_second']:.0f} clips/s")
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['clips_per_second']:.1f} clips/s")
             check_finite(bad_row, done, path)
             if rank == 0:
                 log(**row)
-        if logging and done % args.log_every == 0:
+        if done % args.log_every == 0:
             loss_sum = torch.zeros_like(loss_sum)
             since, clock = done, time.perf_counter()
         if rank == 0 and saving:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from autoencoder import load_autoencoder, to_pixels
+from autoencoder import half, load_autoencoder, to_pixels
 from content_diffusion import (
     DIT_SIZES,
     Diffusion,
@@ -33,15 +33,16 @@ from content_diffusion import (
     FinalLayer,
     LabelEmbedder,
     TimestepEmbedder,
-    build_saved_text_encoder,
+    from_config,
     init_transformer,
     load_text_encoder,
-    save_text_encoder,
+    open_text_encoder,
+    shared_flags,
     sincos_positions,
+    to_tokens,
 )
 from data import (
     EncodedClips,
-    Flags,
     InputError,
     Log,
     StopSignal,
@@ -73,22 +74,23 @@ class MotionDiT(nn.Module):
 
     motion_channels, frames, columns: D, L and H'+W'; L and the columns may be any number >= 1, the grid is padded to
     whole patches. channels, size: C and (H, W) of the content frame, cut into its own patches of `content_patch` pixels
-    (table 4c). Defaults: table 6's DiT-XL/2 for Stable Diffusion 2.1's latents of 512x512.
+    (table 4c), else InputError. Defaults: table 6's DiT-XL/2 for Stable Diffusion 2.1's latents of 512x512.
+    `checkpointing = True` recomputes activations in the backward pass.
     """
 
     def __init__(self, motion_channels=8, frames=16, columns=64, channels=4, size=64, patch=2, content_patch=8,
                  width=1152, depth=28, heads=16, classes=1000, text=None):
         super().__init__()
-        size = pair(size)
-        if size[0] % content_patch or size[1] % content_patch:
-            raise InputError(f"a content frame of {size[0]}x{size[1]} cannot be cut into patches of {content_patch}: "
+        height, wide = pair(size)
+        if height % content_patch or wide % content_patch:
+            raise InputError(f"a content frame of {height}x{wide} cannot be cut into patches of {content_patch}: "
                              "choose another --content-patch")
         self.motion_channels, self.frames, self.columns, self.patch = motion_channels, frames, columns, patch
         self.classes, self.text = classes, text
         self.grid = (-(-frames // patch), -(-columns // patch))  # of motion tokens: time by rows, then columns
         self.motion_embedder = nn.Conv2d(motion_channels, width, patch, patch)
         self.content_embedder = nn.Conv2d(channels, width, content_patch, content_patch)
-        content_grid = size[0] // content_patch, size[1] // content_patch
+        content_grid = height // content_patch, wide // content_patch
         self.register_buffer("motion_positions", sincos_positions(*self.grid, width)[None], persistent=False)
         self.register_buffer("content_positions", sincos_positions(*content_grid, width)[None], persistent=False)
         self.t_embedder = TimestepEmbedder(width)
@@ -101,15 +103,12 @@ class MotionDiT(nn.Module):
     def forward(self, motion, t, content, condition):
         rows, columns = self.grid
         padding = (0, columns * self.patch - self.columns, 0, rows * self.patch - self.frames)
-        z = self.motion_embedder(F.pad(motion, padding)).flatten(2).transpose(1, 2) + self.motion_positions
-        frame = self.content_embedder(content).flatten(2).transpose(1, 2) + self.content_positions
+        z = to_tokens(self.motion_embedder(F.pad(motion, padding))) + self.motion_positions  # (B, N, width)
+        frame = to_tokens(self.content_embedder(content)) + self.content_positions  # (B, M, width)
         x = torch.cat([z, frame], 1)  # the content frame's tokens after the motion's: (B, N + M, width)
         c = self.t_embedder(t) + self.c_embedder(condition)  # (B, width), by which AdaLN steers every block
         for block in self.blocks:
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, c, use_reentrant=False)
-            else:
-                x = block(x, c)
+            x = checkpoint(block, x, c, use_reentrant=False) if self.checkpointing and self.training else block(x, c)
         x = self.final_layer(x[:, : z.shape[1]], c)  # the motion's tokens alone: (B, N, patch * patch * D)
         x = rearrange(x, "b (l n) (p q d) -> b d (l p) (n q)", l=rows, p=self.patch, q=self.patch)
         return x[:, :, : self.frames, : self.columns]
@@ -141,37 +140,12 @@ PRESETS = {
 
 
 def flags():
-    parser = Flags(__doc__.split("\n")[0])
-    run_ = parser.add_argument_group("run")
-    run_.add_argument("--preset", choices=PRESETS, help="fills every default below (default: the run's, else shapes)")
-    run_.add_argument("--run", help="run folder with the encodings (default: runs/PRESET)")
-    run_.add_argument("--data", help="the data set that was encoded; only checked against the encodings")
-    run_.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    run_.add_argument("--seed", type=int, default=0)
-    run_.add_argument("--workers", type=int, help="loader processes on each rank")
-    model = parser.add_argument_group("model (table 6)")
+    parser, model = shared_flags(__doc__, PRESETS, "model (table 6)")
     model.add_argument("--model", choices=DIT_SIZES, help="DiT's size")
-    model.add_argument("--patch", type=int, help="patch on the motion latent")
-    model.add_argument("--content-patch", type=int, help="patch on the content frame (table 4c)")
+    model.add_argument("--patch", type=int, help="DiT's patch on the motion latent")
+    model.add_argument("--content-patch", type=int, help="its patch on the content frame (table 4c)")
     model.add_argument("--text", help="condition on captions: raw file with a text encoder, full Stable Diffusion or "
                        "OpenCLIP ViT-H (table 6)")
-    model.add_argument("--predict", choices=["eps", "v", "x"], help="what the model predicts")
-    model.add_argument("--schedule", choices=["linear", "scaled_linear", "cosine"],
-                       help="betas: DiT's, Stable Diffusion's, or the cosine's")
-    train = parser.add_argument_group("training")
-    train.add_argument("--steps", type=int, help="steps in all")
-    train.add_argument("--batch-size", type=int, help="clips a step, over all ranks")
-    train.add_argument("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
-    train.add_argument("--lr", type=float)
-    train.add_argument("--decay-steps", type=int, help="cosine decay of the rate by this step; 0 keeps it")
-    train.add_argument("--ema", type=float, help="decay of the weights' moving average")
-    train.add_argument("--drop", type=float, help="how often the label or prompt is dropped, for guidance")
-    train.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    train.add_argument("--compile", action="store_true", help="torch.compile the model")
-    train.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
-    train.add_argument("--log-every", type=int)
-    train.add_argument("--save-every", type=int)
-    train.add_argument("--preview-every", type=int)
     return parser
 
 
@@ -181,9 +155,9 @@ def flags():
 
 def build_motion_model(state):
     """The motion model of a checkpoint dict, with its EMA weights: (MotionDiT, TextEncoder or None)."""
-    model = MotionDiT(**{name: value for name, value in state["config"].items() if name != "model"})
+    model = from_config(MotionDiT, state["config"])
     model.load_state_dict(state["ema"])
-    return model, state["text_encoder"] and build_saved_text_encoder(state["text_encoder"])
+    return model, state["text_encoder"] and open_text_encoder(**state["text_encoder"])
 
 
 def text_features(text_encoder, captions):
@@ -221,30 +195,29 @@ def main():
     motion_mean, motion_std = dataset.motion_mean.to(device), dataset.motion_std.to(device)
 
     # Model
-    text_encoder = build_saved_text_encoder(saved["text_encoder"]) if saved and saved["text_encoder"] else None
-    if not saved and args.text:
-        text_encoder = load_text_encoder(args.text)
-    elif not saved and args.preset.startswith("webvid"):
-        raise InputError(f"--preset {args.preset} needs --text: a raw file with the captions' text encoder")
     config = dict(model=args.model, motion_channels=shape[0], frames=shape[1], columns=shape[2],
                   channels=dataset.content_shape[0], size=list(dataset.content_shape[1:]), patch=args.patch,
-                  content_patch=args.content_patch, classes=max(1, len(dataset.classes)),
-                  text=text_encoder and text_encoder.width, **DIT_SIZES[args.model])
+                  content_patch=args.content_patch, classes=max(1, len(dataset.classes)), **DIT_SIZES[args.model])
     if saved:
         check_config(config, saved, path, dataset.index["fingerprint"])
-    model = MotionDiT(**{name: value for name, value in config.items() if name != "model"}).to(device)
-    model.checkpointing = args.checkpointing
-    if saved:
-        model.load_state_dict(saved["model"])
+        config = saved["config"]
+        model, text_encoder = build_motion_model(saved)
+    else:
+        text_encoder = load_text_encoder(args.text) if args.text else None
+        if args.preset.startswith("webvid") and not args.text:
+            raise InputError(f"--preset {args.preset} needs --text: a raw file with the captions' text encoder")
+        config["text"] = text_encoder and text_encoder.width
+        model = from_config(MotionDiT, config)
+    model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    if saved:
-        ema.load_state_dict(saved["ema"])
+    model.checkpointing = args.checkpointing
     if text_encoder:
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
     first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)
-    if saved:
+    if saved:  # the model above has the averages
+        model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first, (loss_sum, bad_row, skipped) = saved["step"], saved["counts"].to(device)
     diffusion = Diffusion(args.schedule, args.predict).to(device)
@@ -264,7 +237,7 @@ def main():
             stage="motion", step=step, args=vars(args), config=config, classes=dataset.classes, shape=list(shape),
             fingerprint=dataset.index["fingerprint"], model=model.state_dict(), ema=ema.state_dict(),
             optimizer=optimizer.state_dict(), counts=torch.stack([loss_sum, bad_row, skipped]),
-            text_encoder=text_encoder and save_text_encoder(text_encoder)))
+            text_encoder=text_encoder and dict(config=text_encoder.config, weights=half(text_encoder))))
 
     batches = stream(dataset, args.batch_size, args.seed, first, args.workers, rank, world)
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
@@ -289,8 +262,7 @@ def main():
         dropped = torch.rand(args.batch_size, generator=generator, device=device)[mine] < args.drop
         condition = condition_of(batch, dropped)
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
         for part in parts:
             with last_only(predict, part, parts):
                 with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
@@ -300,7 +272,7 @@ def main():
             loss_sum += loss.detach().nan_to_num(0, 0, 0) / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
         bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
-        optimizer.found_inf = bad.float()  # so the device need not be asked
+        optimizer.found_inf = bad.float()  # so that the device need not be asked
         optimizer.step()
         optimizer.zero_grad()
         bad_row, skipped = (bad_row + 1) * bad, skipped + bad
@@ -315,14 +287,14 @@ def main():
         if saving or logging:
             loss_sum = average(loss_sum)
         if logging:
-            row = dict(step=done, lr=learning_rate(args, step), grad_norm=norm.item(), skipped=int(skipped),
+            row = dict(step=done, lr=lr, grad_norm=norm.item(), skipped=int(skipped),
                        loss=loss_sum.item() / (done % args.log_every or args.log_every),
                        clips_per_second=(done - since) * args.batch_size / (time.perf_counter() - clock))
-            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['clips_per_second']:.0f} clips/s")
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['clips_per_second']:.1f} clips/s")
             check_finite(bad_row, done, path)
             if rank == 0:
                 log(**row)
-        if logging and done % args.log_every == 0:
+        if done % args.log_every == 0:
             loss_sum = torch.zeros_like(loss_sum)
             since, clock = done, time.perf_counter()
         if rank == 0 and saving:

@@ -34,7 +34,7 @@ from motion_diffusion import build_motion_model, text_features
 
 
 def timesteps(steps):
-    """`steps` timesteps evenly from 999 down to 0."""
+    """A list of `steps` timesteps, 1 to 1000 of them (else InputError), evenly from 999 down to 0."""
     if not 1 <= steps <= 1000:
         raise InputError(f"{steps} steps: choose 1 to 1000")
     return torch.linspace(999, 0, steps).round().long().tolist()
@@ -45,21 +45,19 @@ def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None,
 
     denoise(x_t, t) returns what the model predicts for timesteps t (B,). eta 0 is deterministic, 1 is ancestral; its
     noise comes from `generators`, one a sample. bounds: (low, high) that the clean x is known to lie in. progress wraps
-    the list of timesteps, as tqdm does.
+    the list of steps, as tqdm does.
     """
     times = timesteps(steps)
-    following = dict(zip(times, times[1:]))
-    for time in progress(times):
+    abars = diffusion.abar[times]
+    for time, abar, after in progress(list(zip(times, abars, [*abars[1:], torch.ones_like(abars[0])]))):
         t = torch.full((len(x),), time, device=x.device)
         x0, eps = diffusion.split(denoise(x, t), x, t)
-        abar = diffusion.abar[time]
-        after = diffusion.abar[following[time]] if time in following else torch.ones_like(abar)
         if bounds is not None:
             x0 = x0.clamp(*bounds)
             eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
-        sigma = eta * ((1 - after) / (1 - abar) * (1 - abar / after)).sqrt()
+        sigma = eta * ((1 - after) / (1 - abar) * (1 - abar / after)).sqrt()  # 0 in the last step
         x = after.sqrt() * x0 + (1 - after - sigma**2).clamp_min(0).sqrt() * eps
-        if eta and time in following:
+        if eta:
             x = x + sigma * gaussian(generators, x)
     return x
 
@@ -120,7 +118,7 @@ def gaussian(generators, like):
 
 
 class Sampler:
-    """The three trained stages of a run folder."""
+    """The three trained stages of a run folder, those that args ask for. Raises InputError where one is missing."""
 
     def __init__(self, args, device):
         self.args, self.device = args, device
@@ -171,40 +169,43 @@ class Sampler:
     def progress(self, name):
         return lambda times: tqdm(times, desc=name, leave=False, disable=None)
 
+    def draw(self, stage, name, predict, conditions, scale, steps, seeds, bounds):
+        """Noise, each clip's from a seed of its own, to clean samples (B, ...) by the chosen sampler, with guidance."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = gaussian(generators, torch.empty(len(seeds), *stage.shape, device=self.device))
+        return self.sampler(guided(predict, *conditions, scale), noise, stage.diffusion, steps, self.args.eta,
+                            generators, bounds, self.progress(name))
+
     def draw_content(self, wishes, numbers):
         """Content frames (B, C, H, W) for a batch of labels or prompts. numbers: the clips', which seed their noise."""
         stage, args = self.content, self.args
-        given, nothing = self.condition(stage, wishes, lambda encoder, texts: encoder.encode(texts))
 
         def predict(x, t, condition):
             return stage.call(x.to(self.dtype), t, condition).float()
 
-        generators = [torch.Generator().manual_seed(2 * (args.seed * 1_000_003 + n)) for n in numbers]
-        noise = gaussian(generators, torch.empty(len(wishes), *stage.shape, device=self.device))
+        conditions = self.condition(stage, wishes, lambda encoder, texts: encoder.encode(texts))
+        seeds = [2 * (args.seed * 1_000_003 + n) for n in numbers]
         bounds = None if self.image else (-1, 1)  # a mean of pixels is in their range; latents have none
-        return self.sampler(guided(predict, given, nothing, args.guidance), noise, stage.diffusion, args.steps,
-                            args.eta, generators, bounds, self.progress("content"))
+        return self.draw(stage, "content", predict, conditions, args.guidance, args.steps, seeds, bounds)
 
     def draw_motion(self, content, wishes, numbers):
         """Motion latents (B, D, L, H'+W'), as the decoder takes them, for content frames and labels or prompts."""
         stage, args = self.motion, self.args
-        given, nothing = self.condition(stage, wishes, text_features)
         frame = content.to(self.dtype)
 
         def predict(x, t, condition):  # the content frame stays in both branches
             frames = torch.cat([frame] * (len(x) // len(frame)))
             return stage.call(x.to(self.dtype), t, frames, condition).float()
 
-        generators = [torch.Generator().manual_seed(2 * (args.seed * 1_000_003 + n) + 1) for n in numbers]
-        noise = gaussian(generators, torch.empty(len(wishes), *stage.shape, device=self.device))
+        conditions = self.condition(stage, wishes, text_features)
+        seeds = [2 * (args.seed * 1_000_003 + n) + 1 for n in numbers]
         ones = torch.ones_like(self.autoencoder.motion_mean)  # the encoder's tanh keeps motion within -1 to 1
         bounds = self.autoencoder.normalise(-ones), self.autoencoder.normalise(ones)
-        motion = self.sampler(guided(predict, given, nothing, args.motion_guidance), noise, stage.diffusion,
-                              args.motion_steps, args.eta, generators, bounds, self.progress("motion"))
-        return self.autoencoder.denormalise(motion)
+        return self.autoencoder.denormalise(self.draw(stage, "motion", predict, conditions, args.motion_guidance,
+                                                      args.motion_steps, seeds, bounds))
 
     def decode(self, content, motion):
-        """Clips (B, 3, L, H, W) in [-1, 1]"""
+        """content (B, C, H, W), motion (B, D, L, H'+W') -> clips (B, 3, L, H, W) in [-1, 1]"""
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             frames = self.autoencoder.decode(content, motion)
         return to_pixels(frames, self.image)
@@ -229,8 +230,10 @@ class Clock:
 
 
 def macs(call):
-    """Multiply-accumulates of a call (nothing is computed on the meta device): (those that the paper counts, which are
-    of convolutions and linear layers; those of attention products)."""
+    """Multiply-accumulates of a call: (of convolutions and linear layers, which the paper counts; of attention).
+
+    On the meta device nothing is computed.
+    """
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         call()
     counts = counter.get_flop_counts()["Global"]  # two a multiply-accumulate
@@ -259,7 +262,7 @@ def sampling_macs(sampler):
         if stage:
             condition = empty(dtype=torch.long)  # a label
             if stage.text:
-                condition = empty(*([stage.text.length] if name == "content" else []), stage.text.width)
+                condition = empty(*([77] if name == "content" else []), stage.text.width)
             layers, attention = macs(lambda: stage.model.to("meta")(*inputs, condition))
             parts[name] = steps * layers, steps * (layers + attention) * (1 if scale == 1 else 2)
     encoder, _ = macs(lambda: autoencoder.encode(empty(frame[0], latent[1], *frame[1:], dtype=torch.float32)))
@@ -272,7 +275,7 @@ def sampling_macs(sampler):
 
 
 def profile(sampler, seconds, clips):
-    """Table 9's row for this model, as text."""
+    """Table 9's row for this model, as text. seconds: a Clock's, of `clips` clips in all."""
     peak = torch.cuda.max_memory_allocated() if sampler.device.type == "cuda" else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # kilobytes
     parts = sampling_macs(sampler)
@@ -309,12 +312,12 @@ def flags():
     what.add_argument("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
     what.add_argument("--predict-motion", action="store_true", help="real content frames, generated motion (table 4a)")
     what.add_argument("--data", help="real clips for the two above (default: the data set that stage 1 was trained on)")
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("how to draw it")
     how.add_argument("--steps", type=int, default=50, help="sampling steps of the content frame")
     how.add_argument("--motion-steps", type=int, default=100, help="sampling steps of the motion")
     how.add_argument("--guidance", type=float, help="guidance scale of the content frame (default: the preset's)")
     how.add_argument("--motion-guidance", type=float, help="guidance scale of the motion (default: the preset's)")
-    how.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    how.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ (2M) needs fewer steps")
     how.add_argument("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1")
     how.add_argument("--seed", type=int, default=0, help="a seed gives the same clips whatever the batch size")
     how.add_argument("--batch-size", type=int, default=24, help="clips at a time")
@@ -324,12 +327,12 @@ def flags():
     how.add_argument("--profile", action="store_true", help="print the cost: table 9's row for this model")
     out = parser.add_argument_group("output")
     out.add_argument("--out", help="folder (default: a new one in the run folder)")
-    out.add_argument("--fps", type=int, default=8)
+    out.add_argument("--fps", type=int, default=8, help="frames a second of the files")
     return parser
 
 
 def read_wishes(args, sampler, classes, count_default):
-    """What each clip shall show: (labels or prompts, captions), one a clip."""
+    """What each clip shall show: (labels or prompts, captions), one a clip. Raises InputError."""
     stages = [stage for stage in (sampler.content, sampler.motion) if stage]
     with_text = any(stage.text for stage in stages)
     prompts = [args.prompt] if args.prompt is not None else None
@@ -364,7 +367,7 @@ def read_wishes(args, sampler, classes, count_default):
 
 
 def read_image(path, size):
-    """A picture, its short side resized and centre-cropped to `size` (H, W) -> (1, 3, 1, H, W) in [-1, 1]"""
+    """A picture, resized and centre-cropped to `size` (H, W) -> (1, 3, 1, H, W) in [-1, 1]. Raises InputError."""
     try:
         picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
@@ -374,24 +377,14 @@ def read_image(path, size):
 
 
 def new_folder(args):
-    if args.out is None:
-        base = os.path.join(args.run, "samples")
-        number = 1
-        args.out = base
-        while os.path.exists(args.out):
-            number += 1
-            args.out = f"{base}-{number}"
-    if os.path.exists(args.out) and (not os.path.isdir(args.out) or os.listdir(args.out)):
-        raise InputError(f"--out {args.out} exists and is not an empty folder: name another")
-    return args.out
-
-
-def from_rank_0(call, rank, world):
-    """What call() returns on the first rank, which alone makes it."""
-    result = [call() if rank == 0 else None]
-    if world > 1:
-        torch.distributed.broadcast_object_list(result)
-    return result[0]
+    """--out, or in the run folder the first of samples, samples-2, ... that does not exist."""
+    folder, number = args.out or os.path.join(args.run, "samples"), 1
+    while args.out is None and os.path.exists(folder):
+        number += 1
+        folder = os.path.join(args.run, f"samples-{number}")
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise InputError(f"--out {folder} exists and is not an empty folder: name another")
+    return folder
 
 
 @torch.inference_mode()
@@ -421,17 +414,21 @@ def main():
         captions = dict(enumerate(names))
     picture = to_frames(read_image(args.image, size).to(device), sampler.image)[:, :, 0] if args.image else None
 
-    folder = from_rank_0(lambda: new_folder(args), rank, world)
+    folder = [new_folder(args) if rank == 0 else None]
+    if world > 1:
+        torch.distributed.broadcast_object_list(folder)
+    folder = folder[0]
     fake = os.path.join(folder, "fake") if real is not None else folder
-    for path in [fake] + [os.path.join(folder, "real")] * (real is not None):
-        os.makedirs(path, exist_ok=True)
+    os.makedirs(fake, exist_ok=True)
+    if real is not None:
+        os.makedirs(os.path.join(folder, "real"), exist_ok=True)
     shown, frames, clock = [], {}, Clock(args.profile)
     most = max(1, min(24, 2**21 // (size[0] * size[1])))  # clips in the overview: large ones would make it huge
     with concurrent.futures.ThreadPoolExecutor(2) as writers:  # files are written while the next batch is drawn
         jobs = []
         batches = range(0, len(wishes), args.batch_size)[rank::world]  # ranks take turns
-        bar = tqdm(total=sum(min(args.batch_size, len(wishes) - first) for first in batches), desc="sample", unit="clip",
-                   disable=rank > 0)
+        clips = sum(min(args.batch_size, len(wishes) - first) for first in batches)
+        bar = tqdm(total=clips, desc="sample", unit="clip", disable=rank > 0)
         for first in batches:
             batch = list(range(first, min(first + args.batch_size, len(wishes))))
             wanted = [wishes[n] for n in batch]
