@@ -243,7 +243,7 @@ class Autoencoder(nn.Module):
 
 
 def image_norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(32, channels, eps=1e-6)  # the file's; PyTorch's own eps is 1e-5
 
 
 class ImageResBlock(nn.Module):
@@ -630,9 +630,8 @@ def describe(tensors):
              "text_model.": "a CLIP text encoder", "resblocks.": "a CLIP text encoder",
              "features.0.weight": "torchvision's VGG", "lin0.model.1.weight": "LPIPS's own layer"}
     for part, kind in kinds.items():
-        for name in tensors:
-            if part in name:
-                return f"it seems to be {kind} ({name})"
+        if found := [name for name in tensors if part in name]:
+            return f"it seems to be {kind} ({found[0]})"
     return f"it holds {len(tensors)} tensors, the first named {', '.join(list(tensors)[:3])}"
 
 
@@ -722,7 +721,6 @@ def flags():
     train.add_argument("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
     train.add_argument("--lr", type=float)
     train.add_argument("--decay-steps", type=int, help="cosine decay of the rate to 0 at this step; 0 keeps it")
-    train.add_argument("--betas", type=float, nargs=2)
     train.add_argument("--loss", choices=["mse", "l1"])
     train.add_argument("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: "
                        "adds LPIPS of one random frame a clip to the loss (pixels only)")
@@ -877,7 +875,8 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
     loader = torch.utils.data.DataLoader(
         Readable(dataset), batch_sampler=[batch for batches in todo.values() for batch in batches],
         num_workers=args.workers, collate_fn=list, worker_init_fn=quiet_worker)
-    loader = iter(tqdm(loader, desc="encode", unit="batch", disable=rank > 0))
+    bar = tqdm(loader, desc="encode", unit="batch", disable=rank > 0)
+    loader = iter(bar)
     model.eval()
     for first in range(0, len(shards), world):  # in rounds, so that a signal stops all ranks after the same one
         number = first + rank
@@ -886,9 +885,11 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
             if shard:
                 write_shard(folder, number, *shard[:3], sums=shard[3])
         if stop:
+            bar.close()
             if rank == 0:
                 print("stopped while encoding: --encode goes on after the shards that are written")
             return None
+    bar.close()
 
     infos = [check_shard(path, checksums=False) for path in paths]
     clips = sum(info["clips"] for info in infos)
