@@ -14,9 +14,11 @@ Where we differ from the paper: depth 8 and heads of 48, the size that its table
 nor left from right), any size and length, no discriminator. What the shapes preset changes stands beside it below.
 """
 
+import _compat_pickle
 import argparse
+import builtins
+import contextlib
 import json
-import mmap
 import os
 import pickle
 import shutil
@@ -24,6 +26,7 @@ import struct
 import time
 import zipfile
 from collections import OrderedDict
+from itertools import islice
 
 import numpy as np
 import torch
@@ -157,8 +160,6 @@ class Autoencoder(nn.Module):
                              f"divisible by {patch}")
         if width % heads:
             raise InputError(f"width {width} cannot be split over {heads} heads")
-        if content not in ("weights", "mean", "frame"):
-            raise InputError(f"content is weights, mean or frame, not {content!r}")
         self.channels, self.frames, self.size, self.patch = channels, frames, (height, wide), patch
         self.content, self.smooth, self.squash = content, smooth, squash
         self.grid = (height // patch, wide // patch)  # (H', W')
@@ -193,28 +194,29 @@ class Autoencoder(nn.Module):
             raise InputError(f"this autoencoder takes clips of (channels, frames, height, width) "
                              f"{(self.channels, self.frames, *self.size)}, not {tuple(video.shape[1:])}")
         u = self.encoder(self.embed(self.patches(video.transpose(1, 2))))  # (B, L, H', W', C')
-        # Equation 3: the content frame is a weighted mean of the frames, with weights of its own at every pixel.
-        if self.content == "frame":
-            content = video[:, :, 0]
-        elif self.content == "mean":
-            content = video.mean(2)
-        else:
-            logits = self.to_logits(u)
-            if self.smooth:
-                logits = rearrange(logits, "b l h w c -> (b l) c h w")
-                logits = F.interpolate(logits.float(), self.size, mode="bilinear")
-                logits = rearrange(logits, "(b l) c h w -> b c l h w", l=self.frames)
-            else:
-                logits = self.unpatches(logits)
-            content = (video * logits.float().softmax(2)).sum(2)  # (B, C, H, W)
         # Equation 4: the mean over columns leaves z_x (one row axis), the mean over rows z_y.
         z_x = self.to_rows(u.mean(3))  # (B, L, H', D)
         z_y = self.to_columns(u.mean(2))  # (B, L, W', D)
         motion = torch.cat([z_x, z_y], 2).tanh()  # (B, L, H'+W', D)
-        return content, motion.permute(0, 3, 1, 2)
+        return self.content_frame(video, u), motion.permute(0, 3, 1, 2)
+
+    def content_frame(self, video, u):
+        """Equation 3: a weighted mean of the frames, with weights of its own at every pixel. (B, C, H, W)"""
+        if self.content == "frame":
+            return video[:, :, 0]
+        if self.content == "mean":
+            return video.mean(2)
+        logits = self.to_logits(u)
+        if self.smooth:
+            logits = rearrange(logits, "b l h w c -> (b l) c h w")
+            logits = F.interpolate(logits.float(), self.size, mode="bilinear")
+            logits = rearrange(logits, "(b l) c h w -> b c l h w", l=self.frames)
+        else:
+            logits = self.unpatches(logits)
+        return (video * logits.float().softmax(2)).sum(2)
 
     def decode(self, content, motion):
-        """content (B, C, H, W), motion (B, D, L, H'+W') -> video (B, C, L, H, W)"""
+        """content (B, C, H, W), motion (B, D, L, H'+W') -> video (B, C, L, H, W), within [-1, 1] where `squash`"""
         z_x, z_y = motion.permute(0, 2, 3, 1).split(self.grid, 2)  # (B, L, H', D), (B, L, W', D)
         # Equation 5: v[l, h, w] = content[h, w] + z_x[l, h] + z_y[l, w]
         v = self.embed_content(self.patches(content))[:, None]  # (B, 1, H', W', C')
@@ -228,273 +230,45 @@ class Autoencoder(nn.Module):
         return self.decode(content, motion if noise is None else motion + noise)
 
     def normalise(self, motion):
+        """Motion latents (B, D, L, H'+W') as the motion model sees them: mean 0 and deviation 1 in every channel."""
         return (motion - self.motion_mean) / self.motion_std
 
     def denormalise(self, motion):
+        """The way back."""
         return motion * self.motion_std + self.motion_mean
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading raw checkpoints
-
-
-# A pickle may name any function of any module. Only tensors, their storages and OrderedDict are built here; every
-# other name becomes a class that does nothing (nothing is imported), except those below, which only an attack needs.
-ATTACKS = set("os posix nt subprocess sys runpy importlib imp shutil socket pickle _pickle marshal ctypes pty code"
-              " codeop pip pdb bdb timeit trace profile cProfile webbrowser multiprocessing asyncio platform".split())
-HARMLESS = set("object type set frozenset dict list tuple int float complex bool str bytes bytearray slice"
-               " range".split())
-STORAGES = dict(FloatStorage=torch.float32, DoubleStorage=torch.float64, HalfStorage=torch.float16,
-                BFloat16Storage=torch.bfloat16, LongStorage=torch.int64, IntStorage=torch.int32,
-                ShortStorage=torch.int16, CharStorage=torch.int8, ByteStorage=torch.uint8, BoolStorage=torch.bool,
-                UntypedStorage=torch.uint8)
-
-
-class Inert(dict):
-    """Stands for an object of any class in a pickle: takes every call, keeps dictionary items, does nothing else."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-    def ignore(self, *args):
-        pass
-
-    __setstate__ = append = extend = add = ignore
-    __hash__, __eq__ = object.__hash__, object.__eq__  # Lightning uses classes' instances as keys
-
-
-class TensorUnpickler(pickle.Unpickler):
-    """Reads a pickle of tensors without running anything that it names. `storage` turns a storage's key into data."""
-
-    def __init__(self, file, path, storage):
-        super().__init__(file, encoding="latin1")
-        self.path, self.storage = path, storage
-
-    def persistent_load(self, key):
-        return self.storage(*key[1:])
-
-    def find_class(self, module, name):
-        names, modules = pickle._compat_pickle.NAME_MAPPING, pickle._compat_pickle.IMPORT_MAPPING  # Python 2's names
-        module, name = names.get((module, name), (modules.get(module, module), name))
-        full = f"{module}.{name}"
-        parts = full.split(".")
-        if (parts[0] in ATTACKS or {"os", "sys", "subprocess"} & set(parts[:-1])
-                or parts[-1] in ("open", "eval", "exec") or parts[0] == "builtins" and name not in HARMLESS):
-            raise InputError(f"{self.path} is refused: reading it as its author meant would call {full}, so it is not"
-                             " only weights. Nothing of it was run; get the file from its original place")
-        if parts[0] == "torch" and parts[-1] in STORAGES:
-            return STORAGES[parts[-1]]
-        # A new function each time, so that a pickle that sets attributes on it reaches nobody else.
-        if full in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-            return lambda data, offset, size, stride, *rest: data.as_strided(
-                size, stride, data.storage_offset() + offset)
-        if full in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
-            return lambda data, *rest: data
-        if full == "torch._tensor._rebuild_from_type_v2":
-            return lambda function, kind, args, state: function(*args)
-        return OrderedDict if full == "collections.OrderedDict" else type(name, (Inert,), {})
-
-
-def read_zip(file, path):
-    """PyTorch's zip format (1.6 and later). Tensors are views of the mapped file: nothing is read before it is used."""
-    archive = zipfile.ZipFile(file)
-    entries = {name.split("/", 1)[-1]: name for name in archive.namelist()}
-    if "constants.pkl" in entries:
-        raise InputError(f"{path} is a TorchScript program, not weights: save its state_dict() with torch.save instead")
-    if "data.pkl" not in entries:
-        raise InputError(f"{path} is a zip archive of something else than weights (it holds {archive.namelist()[0]})")
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    loaded = {}
-
-    def storage(dtype, key, location, count):
-        if key not in loaded:
-            entry = archive.getinfo(entries[f"data/{key}"])
-            names = struct.unpack("<HH", mapped[entry.header_offset + 26:entry.header_offset + 30])
-            start = entry.header_offset + 30 + sum(names)
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < count * dtype.itemsize:
-                raise ValueError(f"storage {key} is compressed or too short")
-            loaded[key] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start) if count else torch.empty(
-                0, dtype=dtype)
-        return loaded[key]
-
-    return TensorUnpickler(archive.open(entries["data.pkl"]), path, storage).load()
-
-
-def read_legacy(file, path):
-    """PyTorch's format before 1.6: pickles one after another, then the storages' bytes, in a list of keys' order."""
-    loaded = {}
-
-    def storage(dtype, key, location, count, view=None):
-        if key not in loaded:
-            loaded[key] = torch.empty(count, dtype=dtype)  # filled below
-        return loaded[key] if view is None else loaded[key][view[1]:view[1] + view[2]]
-
-    def load():
-        return TensorUnpickler(file, path, storage).load()
-
-    if load() != 0x1950A86A20F9469CFC6C:
-        raise InputError(f"{path} is a pickle, but not one that PyTorch wrote: save tensors with torch.save")
-    load(), load()  # version, the writer's system
-    tree, keys = load(), load()
-    for key in keys:
-        count, data = int.from_bytes(file.read(8), "little"), loaded[key]
-        raw = bytearray(file.read(data.numel() * data.element_size()))
-        if count != data.numel() or len(raw) != data.numel() * data.element_size():
-            raise EOFError(f"storage {key} is too short")
-        if count:
-            data.copy_(torch.frombuffer(raw, dtype=data.dtype))
-    return tree
-
-
-def find_tensors(tree):
-    """The dictionary of tensors in what a checkpoint holds, without the levels that training programs put around it."""
-    if not isinstance(tree, dict):
-        return {}
-    for key in ("state_dict", "ema", "model", "module", "params"):
-        if inner := find_tensors(tree.get(key)):
-            return inner
-    return {name: tensor.detach() for name, tensor in tree.items()
-            if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
-
-
-def find_hints(tree, hints, path=""):
-    """Collects the strings in nested dictionaries into `hints`, by dotted name: hyper-parameters, for the most part."""
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, str):
-            hints[f"{path}{key}"] = value
-        elif isinstance(value, dict) and path.count(".") < 8:
-            find_hints(value, hints, f"{path}{key}.")
-
-
-def read_checkpoint(path, hints=None):
-    """Reads raw weights: .safetensors, or PyTorch's .ckpt / .pt / .pth in its zip or old format, told apart by content.
-
-    Returns {name: tensor} on the CPU, in the file's own dtype; most tensors are views of the mapped file, so copy what
-    you keep. Levels such as 'state_dict', 'ema' (before 'model') and 'model' are taken off. Nothing in the file is ever
-    run or imported: objects of other classes (Lightning, optimizers) are read as inert and dropped. `hints`, a
-    dictionary, receives the strings beside the tensors: a safetensors file's metadata, a pickle's hyper-parameters.
-    Raises InputError for anything else than weights, a damaged file, and one that tries to run code.
-    """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise InputError(f"{path} is a folder, not weights" if os.path.isdir(path) else f"{path}: no such file")
-    hints = {} if hints is None else hints
-    with open(path, "rb") as file:
-        head = file.read(512)
-        file.seek(0)
-        try:
-            if not head:
-                raise InputError(f"{path} is empty: download it again")
-            elif head.lstrip()[:1] == b"<":
-                raise InputError(f"{path} is a web page, not weights: its download was refused or needs a login")
-            elif head.startswith(b"version https://git-lfs"):
-                raise InputError(f"{path} is a Git LFS pointer, not the weights: fetch them with 'git lfs pull'")
-            elif head[8:9] == b"{":
-                with safe_open(path, framework="pt") as tensors:
-                    hints.update(tensors.metadata() or {})
-                    tree = {name: tensors.get_tensor(name) for name in tensors.keys()}
-            elif head[:4] == b"PK\3\4":
-                tree = read_zip(file, path)
-            elif head[:1] == b"\x80":
-                tree = read_legacy(file, path)
-            else:
-                raise InputError(f"{path} is neither .safetensors nor a PyTorch checkpoint (it starts {head[:12]!r})")
-        except InputError:
-            raise
-        except Exception as error:  # a damaged pickle can raise anything
-            raise InputError(f"{path} is cut short or damaged: download it again, and compare its size with the"
-                             f" original's ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
-    find_hints(tree, hints)
-    tensors = find_tensors(tree)
-    for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's
-        if all(name.startswith(wrapper) for name in tensors):
-            tensors = with_prefix(tensors, wrapper)
-    if not tensors:
-        raise InputError(f"{path} holds no tensors by name: save a state_dict(), not a whole model, with torch.save")
-    return tensors
-
-
-def with_prefix(tensors, prefix):
-    """The tensors whose names start with `prefix`, under their names without it."""
-    return {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def describe(tensors):
-    """What a file seems to be, from its tensors' names: for the error when it is not what was asked for."""
-    kinds = (("lora_", "a LoRA, which is a change to a model and not a model"),
-             ("hada_", "a LoRA (LoHa), which is a change to a model and not a model"),
-             ("control_model.", "a ControlNet"), ("zero_convs.", "a ControlNet"), ("controlnet_", "a ControlNet"),
-             ("conditioner.embedders.", "SDXL"), ("label_emb.", "SDXL (or another U-Net with extra conditions)"),
-             ("joint_blocks.", "SD 3"), ("double_blocks.", "Flux"),
-             ("down_blocks.", "in diffusers' format; the single original file is needed"),
-             ("transformer_blocks.", "a Stable Diffusion U-Net"),
-             ("y_embedder.", "a DiT"), ("encoder.down.", "Stable Diffusion's image autoencoder"),
-             ("visual.", "a whole CLIP"), ("text_model.", "a CLIP text encoder"), ("resblocks.", "a CLIP text encoder"),
-             ("features.0.weight", "torchvision's VGG"), ("lin0.model.1.weight", "LPIPS's own layer"))
-    for part, kind in kinds:
-        for name in tensors:
-            if part in name:
-                return f"it seems to be {kind} ({name})"
-    return f"it holds {len(tensors)} tensors, the first named {', '.join(list(tensors)[:3])}"
-
-
-def load_weights(module, tensors, what):
-    """Loads {name: tensor} into a module (which may be on the meta device) in the module's dtype.
-
-    `what` opens the error's message. Raises InputError that names missing, unexpected and misshaped tensors.
-    """
-    own = module.state_dict()
-    both = [name for name in own if name in tensors]
-    faults = {
-        "missing": [name for name in own if name not in tensors],
-        "not part of it": [name for name in tensors if name not in own],
-        "of another shape": [f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-                             for name in both if tensors[name].shape != own[name].shape]}
-    faults = [f"{len(names)} tensors {fault} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-              for fault, names in faults.items() if names]
-    if faults:
-        raise InputError(f"{what}: {'; '.join(faults)}")
-    if any(tensor.is_meta for tensor in own.values()):  # copies, so that the file may go while the model trains
-        module.load_state_dict({name: tensors[name].to(own[name].dtype, copy=True) for name in own}, assign=True)
-    else:
-        module.load_state_dict(tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stable Diffusion's image autoencoder
 
 
-def group_norm(channels, groups):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def image_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)  # the file's; PyTorch's own eps is 1e-5
 
 
 class ImageResBlock(nn.Module):
     """(B, inputs, H, W) -> (B, outputs, H, W)."""
 
-    def __init__(self, inputs, outputs, groups):
+    def __init__(self, inputs, outputs):
         super().__init__()
-        self.norm1 = group_norm(inputs, groups)
+        self.norm1 = image_norm(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = group_norm(outputs, groups)
+        self.norm2 = image_norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        if inputs != outputs:
-            self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
+        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class ImageAttention(nn.Module):
     """One head over all places of a picture, (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels, groups):
+    def __init__(self, channels):
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = image_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -505,120 +279,78 @@ class ImageAttention(nn.Module):
         return x + self.proj_out(h)
 
 
-class ImageMiddle(nn.Module):
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.block_1 = ImageResBlock(channels, channels, groups)
-        self.attn_1 = ImageAttention(channels, groups)
-        self.block_2 = ImageResBlock(channels, channels, groups)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+def named(**layers):
+    """Layers one after another, under the raw file's names."""
+    return nn.Sequential(OrderedDict(layers))
 
 
-class ImageLevel(nn.Module):
-    """The residual blocks of one resolution, and the convolution that changes it."""
-
-    def __init__(self, inputs, outputs, blocks, groups, downsample=False, upsample=False):
-        super().__init__()
-        self.block = nn.ModuleList(ImageResBlock(outputs if i else inputs, outputs, groups) for i in range(blocks))
-        if downsample:
-            self.downsample = nn.ModuleDict(dict(conv=nn.Conv2d(outputs, outputs, 3, stride=2)))
-        if upsample:
-            self.upsample = nn.ModuleDict(dict(conv=nn.Conv2d(outputs, outputs, 3, padding=1)))
-
-    def forward(self, x):
-        for block in self.block:
-            x = block(x)
-        if hasattr(self, "downsample"):
-            x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2); padded right and below only
-        if hasattr(self, "upsample"):
-            x = self.upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
-        return x
+def image_level(inputs, outputs, blocks):
+    """The residual blocks of one resolution."""
+    return named(block=nn.Sequential(*(ImageResBlock(outputs if i else inputs, outputs) for i in range(blocks))))
 
 
-class ImageEncoder(nn.Module):
-    """Images (B, 3, H, W) -> moments (B, 2 latent, H/8, W/8)."""
-
-    def __init__(self, channels, multipliers, blocks, latent, groups):
-        super().__init__()
-        widths = [channels] + [channels * m for m in multipliers]
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        self.down = nn.ModuleList(
-            ImageLevel(widths[i], widths[i + 1], blocks, groups, downsample=i < len(multipliers) - 1)
-            for i in range(len(multipliers)))
-        self.mid = ImageMiddle(widths[-1], groups)
-        self.norm_out = group_norm(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+def image_middle(width):
+    return named(block_1=ImageResBlock(width, width), attn_1=ImageAttention(width), block_2=ImageResBlock(width, width))
 
 
-class ImageDecoder(nn.Module):
-    """Latents (B, latent, H/8, W/8) -> images (B, 3, H, W)."""
+def image_encoder(channels, multipliers, blocks):
+    """Images (B, 3, H, W) -> moments of the latents, mean and log variance, (B, 8, H/8, W/8)."""
+    widths = [channels * m for m in (1, *multipliers)]
+    levels = [image_level(before, width, blocks) for before, width in zip(widths, widths[1:])]
+    for level, width in zip(levels[:-1], widths[1:]):  # (H, W) -> (H/2, W/2), padded right and below only
+        level.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
+    return named(conv_in=nn.Conv2d(3, channels, 3, padding=1), down=nn.Sequential(*levels),
+                 mid=image_middle(widths[-1]), norm_out=image_norm(widths[-1]), act=nn.SiLU(),
+                 conv_out=nn.Conv2d(widths[-1], 8, 3, padding=1))
 
-    def __init__(self, channels, multipliers, blocks, latent, groups):
-        super().__init__()
-        widths = [channels * m for m in multipliers] + [channels * multipliers[-1]]
-        self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
-        self.mid = ImageMiddle(widths[-1], groups)
-        self.up = nn.ModuleList(  # counted from the full resolution, so run from the last to the first
-            ImageLevel(widths[i + 1], widths[i], blocks + 1, groups, upsample=i > 0) for i in range(len(multipliers)))
-        self.norm_out = group_norm(channels * multipliers[0], groups)
-        self.conv_out = nn.Conv2d(channels * multipliers[0], 3, 3, padding=1)
 
-    def forward(self, x):
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+def image_decoder(channels, multipliers, blocks):
+    """Latents (B, 4, H/8, W/8) -> images (B, 3, H, W)."""
+    widths = [channels * m for m in (*multipliers, multipliers[-1])]
+    levels = [image_level(before, width, blocks + 1) for width, before in zip(widths, widths[1:])]
+    for level, width in zip(levels[1:], widths[1:]):  # (H, W) -> (2H, 2W)
+        level.upsample = named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1))
+    up = {str(i): level for i, level in enumerate(levels)}  # counted from the full resolution, run from the last
+    return named(conv_in=nn.Conv2d(4, widths[-1], 3, padding=1), mid=image_middle(widths[-1]),
+                 up=nn.Sequential(OrderedDict(reversed(up.items()))), norm_out=image_norm(widths[0]), act=nn.SiLU(),
+                 conv_out=nn.Conv2d(widths[0], 3, 3, padding=1))
 
 
 class ImageAutoencoder(nn.Module):
-    """Stable Diffusion's image autoencoder (the same in 1.x and 2.x). Its state_dict has the raw file's names."""
+    """Stable Diffusion's image autoencoder (the same in 1.x and 2.x). Its state_dict has the raw file's names.
 
-    def __init__(self, channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent=4, scale=0.18215, groups=32):
+    It computes in its weights' dtype, takes any and returns float32, `chunk` images at a time, so memory does not grow
+    with N. The latents are the posterior's mean.
+    """
+
+    def __init__(self, channels=128, multipliers=(1, 2, 4, 4), blocks=2):
         super().__init__()
-        self.scale = scale  # brings the latents to about unit variance
+        self.scale = 0.18215  # brings the latents to about unit variance
         self.factor = 2 ** (len(multipliers) - 1)  # pixels per latent, each way
-        self.encoder = ImageEncoder(channels, multipliers, blocks, latent, groups)
-        self.decoder = ImageDecoder(channels, multipliers, blocks, latent, groups)
-        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+        self.encoder = image_encoder(channels, multipliers, blocks)
+        self.decoder = image_decoder(channels, multipliers, blocks)
+        self.quant_conv = nn.Conv2d(8, 8, 1)
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
-    def encode(self, images, sample=False, generator=None, chunk=4):
-        """Images (N, 3, H, W) in [-1, 1] -> scaled latents (N, 4, H/8, W/8): the mean, or a sample of the posterior.
-
-        `chunk` images go through at a time, so memory does not grow with N. H, W not multiples of 8: InputError.
-        """
+    def encode(self, images, chunk=4):
+        """Images (N, 3, H, W) in [-1, 1] -> scaled latents (N, 4, H/8, W/8). H, W not multiples of 8: InputError."""
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
             raise InputError(f"images of {height}x{width}: the image autoencoder needs multiples of {self.factor}")
-        mean, logvar = torch.cat([self.quant_conv(self.encoder(part)) for part in images.split(chunk)]).chunk(2, dim=1)
-        if sample:
-            device = generator.device if generator else mean.device
-            noise = torch.randn(mean.shape, generator=generator, device=device)
-            mean = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.to(mean)
-        return self.scale * mean
+        images = images.to(self.quant_conv.weight.dtype)
+        moments = torch.cat([self.quant_conv(self.encoder(part)) for part in images.split(chunk)])
+        return self.scale * moments[:, :4].float()
 
     def decode(self, latents, chunk=4):
-        """Scaled latents (N, 4, H/8, W/8) -> images (N, 3, H, W), about in [-1, 1], `chunk` at a time."""
-        return torch.cat([self.decoder(self.post_quant_conv(part / self.scale)) for part in latents.split(chunk)])
+        """Scaled latents (N, 4, H/8, W/8) -> images (N, 3, H, W), about in [-1, 1]."""
+        latents = (latents / self.scale).to(self.quant_conv.weight.dtype)
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in latents.split(chunk)]).float()
 
 
 def build_image_autoencoder(tensors, what):
-    """An ImageAutoencoder (frozen) of the sizes that the tensors' shapes tell. `what` opens the InputError."""
-    levels = len({name.split(".")[2] for name in tensors if name.startswith("encoder.down.")})
-    channels = len(tensors["encoder.conv_in.weight"])
-    widths = [len(tensors.get(f"encoder.down.{i}.block.0.conv1.weight", ())) for i in range(levels)]
-    blocks = len({name.split(".")[4] for name in tensors if name.startswith("encoder.down.0.block.")})
+    """An ImageAutoencoder (frozen) with these tensors, which also tell its width. `what` opens the InputError."""
     with torch.device("meta"):
-        model = ImageAutoencoder(channels, [width // channels for width in widths], blocks,
-                                 tensors["decoder.conv_in.weight"].shape[1])
+        model = ImageAutoencoder(channels=len(tensors["encoder.conv_in.weight"]))
     load_weights(model, tensors, what)
     return model.eval().requires_grad_(False)
 
@@ -626,13 +358,13 @@ def build_image_autoencoder(tensors, what):
 def load_image_autoencoder(path):
     """Reads an ImageAutoencoder (float32, frozen, on the CPU) from a full Stable Diffusion file or a bare one.
 
-    Sizes come from the file's shapes. Raises InputError.
+    Raises InputError.
     """
     tensors = read_checkpoint(path)
     tensors = with_prefix(tensors, "first_stage_model.") or tensors
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # leaves 'loss.' and 'model_ema.' out
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
-    if not {"encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"} <= own.keys():
+    if "encoder.conv_in.weight" not in own or "encoder.down.0.block.0.conv1.weight" not in own:
         raise InputError(f"{path} holds no Stable Diffusion image autoencoder: {describe(tensors)}")
     for name, tensor in own.items():
         if ".attn_1." in name and tensor.ndim == 2:  # newer files store these 1x1 convolutions as linear layers
@@ -641,7 +373,7 @@ def load_image_autoencoder(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LPIPS
+# The loss
 
 
 class LPIPS(nn.Module):
@@ -692,6 +424,236 @@ def load_lpips(vgg_path, lpips_path):
     model = LPIPS()
     load_weights(model, tensors, f"{vgg_path} and {lpips_path}: LPIPS")
     return model
+
+
+def reconstruction_loss(again, video, kind, lpips=None, one=None):
+    """Mean square ('mse') or absolute ('l1') error between two clips (B, C, L, H, W), a number; with an LPIPS, plus the
+    perceptual distance in one frame of each clip, number one[b], as appendix B has it."""
+    error = again.float() - video
+    loss = error.square().mean() if kind == "mse" else error.abs().mean()
+    if lpips:
+        frame = torch.arange(len(video), device=video.device), slice(None), one
+        loss = loss + lpips(again[frame].float(), video[frame]).mean()
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading raw checkpoints
+#
+# torch.load would not do: weights_only=True refuses Stable Diffusion's .ckpt, which has Lightning's objects beside the
+# weights, and with an unpickler of ours it still runs TorchScript and writes the patch files of its old source check.
+
+
+# What no file of weights needs: one that names it is refused aloud, though nothing that a file names is ever called.
+ATTACKS = set("os posix nt subprocess sys runpy importlib shutil socket pickle _pickle ctypes pty".split())
+STORAGES = dict(Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16,
+                Long=torch.int64, Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8,
+                Bool=torch.bool, Untyped=torch.uint8)
+
+
+class Inert(dict):
+    """Stands for an object of any class in a pickle: takes every call, keeps dictionary items, does nothing else."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def ignore(self, *args):
+        pass
+
+    __setstate__ = append = extend = add = ignore
+    __hash__, __eq__ = object.__hash__, object.__eq__  # Lightning uses classes' instances as keys
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Reads a pickle of tensors without importing or running anything that it names: only tensors, their storages and
+    OrderedDict are built, all else is Inert. storage(dtype, key, ...) gives a storage's data as a flat tensor."""
+
+    def __init__(self, file, storage):
+        super().__init__(file, encoding="latin1")
+        self.storage = storage
+
+    def persistent_load(self, key):
+        return self.storage(*key[1:])
+
+    def find_class(self, module, name):
+        names, modules = _compat_pickle.NAME_MAPPING, _compat_pickle.IMPORT_MAPPING  # Python 2's names
+        module, name = names.get((module, name), (modules.get(module, module), name))
+        full = f"{module}.{name}"
+        if (ATTACKS.intersection(full.split(".")[:-1]) or full == "io.open"
+                or module == "builtins" and not isinstance(getattr(builtins, name, None), type)):
+            raise InputError(f"is refused: reading it as its author meant would call {full}, so it is not only weights."
+                             " Nothing of it was run; get the file from its original place")
+        if module.startswith("torch") and name.removesuffix("Storage") in STORAGES:
+            return STORAGES[name.removesuffix("Storage")]
+        # A new function each time, so that a pickle that sets attributes on it reaches nobody else.
+        if full in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
+            return lambda data, offset, size, stride, *_: data.as_strided(size, stride, data.storage_offset() + offset)
+        if full in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
+            return lambda data, *_: data
+        if full == "torch._tensor._rebuild_from_type_v2":
+            return lambda function, kind, args, state: function(*args)
+        return OrderedDict if full == "collections.OrderedDict" else type(name, (Inert,), {})
+
+
+def read_zip(file):
+    """PyTorch's zip format (1.6 and later). Tensors are views of the mapped file: nothing is read before it is used."""
+    archive = zipfile.ZipFile(file)
+    entries = {name.split("/", 1)[-1]: name for name in archive.namelist()}
+    if "constants.pkl" in entries:
+        raise InputError("is a TorchScript program, not weights: save its state_dict() with torch.save instead")
+    if "data.pkl" not in entries:
+        raise InputError(f"is a zip archive of something else than weights (it holds {archive.namelist()[0]})")
+    mapped = torch.from_file(file.name, size=os.path.getsize(file.name), dtype=torch.uint8)  # private: copied on write
+
+    def storage(dtype, key, location, count):
+        entry = archive.getinfo(entries[f"data/{key}"])
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < count * dtype.itemsize:
+            raise ValueError(f"storage {key} is compressed or too short")
+        file.seek(entry.header_offset + 26)  # where the lengths of the two fields before the data stand
+        begin = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        return mapped[begin : begin + count * dtype.itemsize].view(dtype)
+
+    return TensorUnpickler(archive.open(entries["data.pkl"]), storage).load()
+
+
+def read_legacy(file):
+    """PyTorch's format before 1.6: pickles one after another, then the storages' bytes, in a list of keys' order."""
+    storages = {}
+
+    def storage(dtype, key, location, count, view=None):
+        if key not in storages:
+            storages[key] = torch.empty(count, dtype=dtype)  # filled below
+        return storages[key] if view is None else storages[key][view[1] : view[1] + view[2]]
+
+    def load():
+        return TensorUnpickler(file, storage).load()
+
+    if load() != 0x1950A86A20F9469CFC6C:
+        raise InputError("is a pickle, but not one that PyTorch wrote: save tensors with torch.save")
+    _version, _system, tree, keys = load(), load(), load(), load()
+    for key in keys:
+        file.seek(8, os.SEEK_CUR)  # the number of elements, known already
+        data = storages[key].view(torch.uint8).numpy()
+        if file.readinto(data) < len(data):
+            raise EOFError(f"storage {key} is too short")
+    return tree
+
+
+def read_tree(file):
+    """What a file of weights holds, as nested dictionaries; its format is told by its first bytes."""
+    head = file.read(512)
+    file.seek(0)
+    if head[8:9] == b"{":
+        with safe_open(file.name, framework="pt") as tensors:
+            return (tensors.metadata() or {}) | {name: tensors.get_tensor(name) for name in tensors.keys()}
+    if head.startswith(b"PK\3\4"):
+        return read_zip(file)
+    if head.startswith(b"\x80"):
+        return read_legacy(file)
+    if not head:
+        raise InputError("is empty: download it again")
+    if head.lstrip().startswith(b"<"):
+        raise InputError("is a web page, not weights: its download was refused or needs a login")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError("is a Git LFS pointer, not the weights: fetch them with 'git lfs pull'")
+    raise InputError(f"is neither .safetensors nor a PyTorch checkpoint (it starts {head[:12]!r})")
+
+
+def find_tensors(tree):
+    """The dictionary of tensors in what a checkpoint holds, without the levels that training programs put around it."""
+    if not isinstance(tree, dict):
+        return {}
+    for key in ("state_dict", "ema", "model", "module", "params"):
+        if inner := find_tensors(tree.get(key)):
+            return inner
+    return {name: tensor.detach() for name, tensor in tree.items()
+            if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
+
+
+def find_hints(tree, prefix=""):
+    """The strings in nested dictionaries, by dotted name: hyper-parameters, for the most part."""
+    hints = {}
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, str):
+            hints[f"{prefix}{key}"] = value
+        hints |= find_hints(value, f"{prefix}{key}.")
+    return hints
+
+
+def read_checkpoint(path, hints=None):
+    """Reads raw weights: .safetensors, or PyTorch's .ckpt / .pt / .pth in its zip or old format, told apart by content.
+
+    Returns {name: tensor} on the CPU, in the file's own dtype; most tensors are views of the mapped file, so copy what
+    you keep. Levels such as 'state_dict', 'ema' (before 'model') and 'model' are taken off. Nothing in the file is ever
+    run or imported: objects of other classes (Lightning, optimizers) are read as inert and dropped. `hints`, a
+    dictionary, receives the strings beside the tensors: a safetensors file's metadata, a pickle's hyper-parameters.
+    Raises InputError for anything else than weights, a damaged file, and one that tries to run code.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is a folder, not weights" if os.path.isdir(path) else f"{path}: no such file")
+    try:
+        with open(path, "rb") as file:
+            tree = read_tree(file)
+        tensors = find_tensors(tree)
+        if hints is not None:
+            hints |= find_hints(tree)
+    except InputError as error:
+        raise InputError(f"{path} {error}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(f"{path} is cut short or damaged: download it again, and compare its size with the"
+                         f" original's ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+    for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = with_prefix(tensors, wrapper)
+    if not tensors:
+        raise InputError(f"{path} holds no tensors by name: save a state_dict(), not a whole model, with torch.save")
+    return tensors
+
+
+def with_prefix(tensors, prefix):
+    """The tensors whose names start with `prefix`, under their names without it."""
+    return {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def describe(tensors):
+    """What a file seems to be, from its tensors' names: for the error when it is not what was asked for."""
+    kinds = {"lora_": "a LoRA, which is a change to a model and not a model", "control": "a ControlNet",
+             "conditioner.embedders.": "SDXL", "label_emb.": "SDXL (or another U-Net with extra conditions)",
+             "joint_blocks.": "SD 3", "double_blocks.": "Flux",
+             "down_blocks.": "in diffusers' format; the single original file is needed",
+             "transformer_blocks.": "a Stable Diffusion U-Net", "y_embedder.": "a DiT",
+             "encoder.down.": "Stable Diffusion's image autoencoder", "visual.": "a whole CLIP",
+             "text_model.": "a CLIP text encoder", "resblocks.": "a CLIP text encoder",
+             "features.0.weight": "torchvision's VGG", "lin0.model.1.weight": "LPIPS's own layer"}
+    for part, kind in kinds.items():
+        if found := [name for name in tensors if part in name]:
+            return f"it seems to be {kind} ({found[0]})"
+    return f"it holds {len(tensors)} tensors, the first named {', '.join(list(tensors)[:3])}"
+
+
+def load_weights(module, tensors, what):
+    """Loads {name: tensor} into a module (which may be on the meta device) in the module's dtype.
+
+    `what` opens the error's message. Raises InputError that names missing, unexpected and misshaped tensors.
+    """
+    own = module.state_dict()
+    faults = {
+        "missing": [name for name in own if name not in tensors],
+        "not part of it": [name for name in tensors if name not in own],
+        "of another shape": [f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+                             for name in own if name in tensors and tensors[name].shape != own[name].shape]}
+    faults = [f"{len(names)} tensors {fault} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+              for fault, names in faults.items() if names]
+    if faults:
+        raise InputError(f"{what}: {'; '.join(faults)}")
+    if any(tensor.is_meta for tensor in own.values()):  # copies, so that the file may go while the model trains
+        module.load_state_dict({name: tensors[name].to(own[name].dtype, copy=True) for name in own}, assign=True)
+    else:
+        module.load_state_dict(tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -759,7 +721,6 @@ def flags():
     train.add_argument("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
     train.add_argument("--lr", type=float)
     train.add_argument("--decay-steps", type=int, help="cosine decay of the rate to 0 at this step; 0 keeps it")
-    train.add_argument("--betas", type=float, nargs=2)
     train.add_argument("--loss", choices=["mse", "l1"])
     train.add_argument("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: "
                        "adds LPIPS of one random frame a clip to the loss (pixels only)")
@@ -778,7 +739,7 @@ def flags():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# From clips to frames and back
 
 
 def load_autoencoder(run_folder, device):
@@ -786,16 +747,12 @@ def load_autoencoder(run_folder, device):
     state = load_checkpoint(os.path.join(run_folder, "autoencoder.pt"), "autoencoder")
     model = Autoencoder(**state["config"])
     model.load_state_dict(state["model"])
-    image = open_image_autoencoder(state["image_autoencoder"], device) if state["image_autoencoder"] else None
+    image = state["image_autoencoder"] and open_image_autoencoder(state["image_autoencoder"], device)
     return model.requires_grad_(False).eval().to(device), image, state
 
 
-def half(module):
-    """A frozen module's weights as the run folder keeps them."""
-    return {name: tensor.half() for name, tensor in module.state_dict().items()}
-
-
 def open_image_autoencoder(tensors, device):
+    """The frozen ImageAutoencoder with a run's weights, in half precision on a GPU."""
     image = build_image_autoencoder(tensors, "the run's image autoencoder")
     return image.to(device, torch.float16 if device.type == "cuda" else torch.float32,
                     memory_format=torch.channels_last)
@@ -805,16 +762,14 @@ def to_frames(video, image):
     """What stage 1 calls frames: pixels, or with `image` their latents. (B, 3, L, H, W) -> (B, 4, L, H/8, W/8)"""
     if image is None:
         return video
-    dtype = image.quant_conv.weight.dtype
-    latents = image.encode(rearrange(video, "b c l h w -> (b l) c h w").to(dtype)).float()
+    latents = image.encode(rearrange(video, "b c l h w -> (b l) c h w"))
     return rearrange(latents, "(b l) c h w -> b c l h w", b=len(video))
 
 
 def to_pixels(video, image):
     """The way back, (B, C, L, h, w) -> (B, 3, L, H, W) in [-1, 1]; content frames are clips of one frame."""
     if image is not None:
-        dtype = image.quant_conv.weight.dtype
-        pixels = image.decode(rearrange(video, "b c l h w -> (b l) c h w").to(dtype)).float()
+        pixels = image.decode(rearrange(video, "b c l h w -> (b l) c h w"))
         video = rearrange(pixels, "(b l) c h w -> b c l h w", b=len(video))
     return video.float().clamp(-1, 1)
 
@@ -843,6 +798,10 @@ def evaluate(model, image, dataset, indices, picture):
     return float(np.mean(ours)), float(np.mean(mean))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding the data set
+
+
 class Readable(torch.utils.data.Dataset):
     """A data set in which a broken clip is None, so that encoding leaves it out where training replaces it."""
 
@@ -856,6 +815,30 @@ class Readable(torch.utils.data.Dataset):
             return None
 
 
+def encode_shard(batches, model, image, device, stop):
+    """One shard's arrays and records, as write_shard takes them, and the sums of the motion latents and their squares.
+
+    batches: lists of items, None where a clip is broken. None where `stop` was asked for: half a shard is none.
+    """
+    contents = [np.zeros((0, model.channels, *model.size), np.float16)]
+    motions, records = [np.zeros((0, len(model.motion_mean), model.frames, sum(model.grid)), np.float16)], []
+    for items in batches:
+        if stop.asked:
+            return None
+        items = [item for item in items if item is not None]
+        if not items:
+            continue
+        video = torch.stack([item["video"] for item in items]).to(device)
+        frames = to_frames(video, image)  # not under autocast: latents as precise as those it was trained on
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            content, motion = model.encode(frames)
+        contents.append(content.half().cpu().numpy())
+        motions.append(motion.half().cpu().numpy())
+        records += [dict(label=item["label"], caption=item["caption"]) for item in items]
+    contents, motions = np.concatenate(contents), np.concatenate(motions)
+    return contents, motions, records, [(motions.astype(np.float64) ** n).sum((0, 2, 3)).tolist() for n in (1, 2)]
+
+
 @torch.no_grad()
 def encode_dataset(args, model, image, dataset, indices, rank, world, device, stop):
     """Encodes the data set into the run folder's shards and measures the motion latents' mean and deviation.
@@ -865,21 +848,19 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
     """
     folder = os.path.join(args.run, "encodings")
     index_path = os.path.join(folder, "index.json")
-    indices = range(args.clips) if indices is None else indices
-    indices = indices[: args.clips or None]
+    indices = range(args.clips) if indices is None else indices[: args.clips or None]
     keys = [(int(index), draw) for index in indices for draw in range(args.clips_per_video)]
-    shards = -(-len(keys) // args.shard_size)
-    index = dict(complete=False, preset=args.preset, data=args.data, fingerprint=weights_hash(dict(
-        model.named_parameters())), keys=len(keys), shards=shards, shard_size=args.shard_size, stride=args.stride,
-        seed=args.seed, clips_per_video=args.clips_per_video, classes=dataset.classes, split=args.split,
-        captions=args.captions)
+    shards = [keys[i : i + args.shard_size] for i in range(0, len(keys), args.shard_size)]
+    paths = [os.path.join(folder, f"shard-{number:05d}") for number in range(len(shards))]
+    index = dict(complete=False, fingerprint=weights_hash(dict(model.named_parameters())), keys=len(keys),
+                 shards=len(shards), classes=dataset.classes)
+    for name in ("preset", "data", "shard_size", "stride", "seed", "clips_per_video", "split", "captions"):
+        index[name] = getattr(args, name)
     if rank == 0:
-        try:
-            with open(index_path) as file:
-                old = json.load(file)
-        except (OSError, ValueError):
-            old = None
-        if old and any(old.get(name) != index[name] for name in index if name != "complete"):
+        old = index
+        with contextlib.suppress(OSError, ValueError), open(index_path) as file:
+            old = json.load(file)
+        if any(old.get(name) != index[name] for name in index if name != "complete"):
             print(f"{folder} holds encodings by other weights or settings: they are replaced")
             shutil.rmtree(folder)
         os.makedirs(folder, exist_ok=True)
@@ -887,48 +868,22 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
     if world > 1:
         torch.distributed.barrier()
 
-    def there(number):
-        return os.path.isdir(os.path.join(folder, f"shard-{number:05d}"))
-
-    def shard_keys(number):
-        return keys[number * args.shard_size : (number + 1) * args.shard_size]
-
     # Batches in the order of the shards, none across two of them.
-    batch = max(1, min(args.batch_size // world, 32))
-    todo = [number for number in range(rank, shards, world) if not there(number)]
-    batches = [shard_keys(number)[i : i + batch] for number in todo for i in range(0, len(shard_keys(number)), batch)]
-    loader = iter(torch.utils.data.DataLoader(
-        Readable(dataset), batch_sampler=batches, num_workers=args.workers, collate_fn=lambda items: items,
-        worker_init_fn=quiet_worker))
+    size = max(1, min(args.batch_size // world, 32))
+    todo = {number: [shards[number][i : i + size] for i in range(0, len(shards[number]), size)]
+            for number in range(rank, len(shards), world) if not os.path.isdir(paths[number])}
+    loader = torch.utils.data.DataLoader(
+        Readable(dataset), batch_sampler=[batch for batches in todo.values() for batch in batches],
+        num_workers=args.workers, collate_fn=list, worker_init_fn=quiet_worker)
+    bar = tqdm(loader, desc="encode", unit="batch", disable=rank > 0)
+    loader = iter(bar)
     model.eval()
-    bar = tqdm(total=sum(len(shard_keys(number)) for number in todo), desc="encode", unit="clip", disable=rank > 0)
-
-    def encode_shard(number):
-        contents, motions, records = [], [], []
-        for start_key in range(0, len(shard_keys(number)), batch):
-            if stop.asked:  # half a shard is none
-                return
-            items = next(loader)
-            bar.update(len(items))
-            items = [item for item in items if item is not None]
-            if not items:
-                continue
-            video = torch.stack([item["video"] for item in items]).to(device)
-            frames = to_frames(video, image)  # not under autocast: latents as precise as those it was trained on
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                content, motion = model.encode(frames)
-            contents.append(content.half().cpu().numpy())
-            motions.append(motion.half().cpu().numpy())
-            records += [dict(label=item["label"], caption=item["caption"]) for item in items]
-        frame, latent = (model.channels, *model.size), (len(model.motion_mean), model.frames, sum(model.grid))
-        contents = np.concatenate(contents or [np.zeros((0, *frame))])
-        motions = np.concatenate(motions or [np.zeros((0, *latent))])
-        sums = [(motions.astype(np.float64) ** n).sum((0, 2, 3)).tolist() for n in (1, 2)]
-        write_shard(folder, number, contents, motions, records, sums=sums)
-
-    for first in range(0, shards, world):  # in rounds, so that a signal stops all ranks after the same one
-        if first + rank in todo:
-            encode_shard(first + rank)
+    for first in range(0, len(shards), world):  # in rounds, so that a signal stops all ranks after the same one
+        number = first + rank
+        if number in todo:
+            shard = encode_shard(islice(loader, len(todo[number])), model, image, device, stop)
+            if shard:
+                write_shard(folder, number, *shard[:3], sums=shard[3])
         if stop:
             bar.close()
             if rank == 0:
@@ -936,17 +891,17 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
             return None
     bar.close()
 
-    infos = [check_shard(os.path.join(folder, f"shard-{number:05d}"), checksums=False) for number in range(shards)]
+    infos = [check_shard(path, checksums=False) for path in paths]
     clips = sum(info["clips"] for info in infos)
     if not clips:
         raise InputError(f"not one clip of {args.data} could be encoded")
-    first, second = np.sum([info["sums"] for info in infos], 0) / (clips * model.frames * sum(model.grid))
-    std = np.sqrt(np.maximum(second - first**2, 1e-12))
-    model.motion_mean.copy_(torch.tensor(first)[:, None, None])
+    mean, square = np.sum([info["sums"] for info in infos], 0) / (clips * model.frames * sum(model.grid))
+    std = np.sqrt(np.maximum(square - mean**2, 1e-12))
+    model.motion_mean.copy_(torch.tensor(mean)[:, None, None])
     model.motion_std.copy_(torch.tensor(std)[:, None, None])
     if rank == 0:
         index |= dict(complete=True, clips=clips, left_out=len(keys) - clips, content=[model.channels, *model.size],
-                      motion=[len(model.motion_mean), model.frames, sum(model.grid)], motion_mean=first.tolist(),
+                      motion=[len(mean), model.frames, sum(model.grid)], motion_mean=mean.tolist(),
                       motion_std=std.tolist())
         write_json(index_path, index)
         left = f", {len(keys) - clips} unreadable left out" if clips < len(keys) else ""
@@ -954,31 +909,42 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
     return index["fingerprint"]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def check_flags(args, resuming):
+    """Raises InputError for flags that do not fit together."""
+    if len(args.size) > 2 or min(args.size) < 1:
+        raise InputError("--size takes one number, or height and width")
+    if not args.data:
+        raise InputError(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions")
+    if args.channels == 3:
+        if args.sd:
+            raise InputError(f"--preset {args.preset} works on pixels: drop --sd, or take --preset webvid_sd15")
+        return
+    if args.lpips:
+        raise InputError(f"--lpips compares pixels, and --preset {args.preset} works on latents: drop it")
+    if not args.sd and not resuming:
+        raise InputError(f"--preset {args.preset} needs --sd: a raw Stable Diffusion or image autoencoder file")
+    if any(n % (8 * args.patch) for n in args.size):
+        raise InputError(f"--size {' '.join(map(str, args.size))}: height and width must be multiples of "
+                         f"{8 * args.patch}, the image autoencoder's 8 times the patch")
+
+
 def main():
     args, saved = parse_flags(flags(), PRESETS, "autoencoder")
     rank, world, device = start(args.seed)
     share, parts = split_batch(args, world)
     path = os.path.join(args.run, "autoencoder.pt")
-    if len(args.size) > 2 or min(args.size) < 1:
-        raise InputError("--size takes one number, or height and width")
+    check_flags(args, saved)
     size = pair(args.size)
-    if not args.data:
-        raise InputError(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions")
-    if args.channels == 3 and args.sd:
-        raise InputError(f"--preset {args.preset} works on pixels: drop --sd, or take --preset webvid_sd15")
-    if args.channels == 4 and args.lpips:
-        raise InputError(f"--lpips compares pixels, and --preset {args.preset} works on latents: drop it")
 
     # Model
-    image, image_state = None, saved["image_autoencoder"] if saved else None
-    if args.channels == 4:
-        if not saved and not args.sd:
-            raise InputError(f"--preset {args.preset} needs --sd: a raw Stable Diffusion or image autoencoder file")
-        if size[0] % (8 * args.patch) or size[1] % (8 * args.patch):
-            raise InputError(f"--size {size[0]} {size[1]}: height and width must be multiples of {8 * args.patch}, the "
-                             "image autoencoder's 8 times the patch")
-        image_state = image_state or half(load_image_autoencoder(args.sd))
-        image = open_image_autoencoder(image_state, device)
+    image_state = saved and saved["image_autoencoder"]
+    if args.sd and not saved:
+        image_state = {name: tensor.half() for name, tensor in load_image_autoencoder(args.sd).state_dict().items()}
+    image = image_state and open_image_autoencoder(image_state, device)
     config = dict(channels=args.channels, frames=args.frames, size=[n // 8 for n in size] if image else list(size),
                   patch=args.patch, width=args.width, motion_channels=args.motion_channels, depth=args.depth,
                   heads=args.heads, content=args.content, smooth=args.smooth, squash=image is None)
@@ -1001,12 +967,7 @@ def main():
     dataset, indices, test_set, test = open_dataset(args.data, args.frames, size, args.stride, args.split,
                                                     args.captions, args.seed)
     batches = stream(dataset, args.batch_size, args.seed, first, args.workers, rank, world, indices)
-    mine = slice(rank * share, (rank + 1) * share)
-
-    os.makedirs(os.path.join(args.run, "previews"), exist_ok=True)
-    columns = "step loss lr grad_norm skipped clips_per_second psnr psnr_of_mean_frame".split()
-    log = rank == 0 and Log(os.path.join(args.run, "autoencoder.csv"), columns, first,
-                            (args.log_every, args.preview_every))
+    mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
 
     def save(step, fingerprint=None):
         save_checkpoint(path, dict(
@@ -1014,11 +975,15 @@ def main():
             fingerprint=fingerprint, model=model.state_dict(), optimizer=optimizer.state_dict(),
             counts=torch.stack([loss_sum, bad_row, skipped]), image_autoencoder=image_state))
 
+    os.makedirs(os.path.join(args.run, "previews"), exist_ok=True)
+    log = rank == 0 and Log(os.path.join(args.run, "autoencoder.csv"),
+                            "step loss lr grad_norm skipped clips_per_second psnr psnr_of_mean_frame".split(), first,
+                            (args.log_every, args.preview_every))
     stop, generator = StopSignal(), torch.Generator(device)
     last = first if args.encode else max(first, args.steps)
     if rank == 0:
-        count = sum(p.numel() for p in model.parameters())
-        print(f"autoencoder: {count / 1e6:.1f} M parameters, steps {first} to {last}, {args.run}")
+        print(f"autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+              f"steps {first} to {last}, {args.run}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="autoencoder", disable=rank > 0)
     since, clock = first, time.perf_counter()
     for step in bar:
@@ -1036,16 +1001,12 @@ def main():
             with last_only(reconstruct, part, parts):
                 with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
                     again = reconstruct(video[part], noise[part])
-                error = again.float() - video[part]
-                loss = error.square().mean() if args.loss == "mse" else error.abs().mean()
-                if lpips:
-                    frame = torch.arange(len(again), device=device), slice(None), one[part]
-                    loss = loss + lpips(again[frame].float(), video[part][frame]).mean()
+                loss = reconstruction_loss(again, video[part], args.loss, lpips, one[part])
                 (loss / len(parts)).backward()
             loss_sum += loss.detach().nan_to_num(0, 0, 0) / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
-        optimizer.found_inf = bad.float()  # so that the device need not be asked
+        optimizer.found_inf = bad.float()  # so the device need not be asked
         optimizer.step()
         optimizer.zero_grad()
         bad_row, skipped = (bad_row + 1) * bad, skipped + bad
@@ -1058,9 +1019,9 @@ def main():
         if saving or logging:
             loss_sum = average(loss_sum)
         if logging:
-            seconds = time.perf_counter() - clock
             row |= dict(loss=loss_sum.item() / (done % args.log_every or args.log_every), grad_norm=norm.item(),
-                        skipped=int(skipped), clips_per_second=(done - since) * args.batch_size / seconds)
+                        skipped=int(skipped),
+                        clips_per_second=(done - since) * args.batch_size / (time.perf_counter() - clock))
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['clips_per_second']:.1f} clips/s")
             check_finite(bad_row, done, path)
         if rank == 0 and (done % args.preview_every == 0 or done == last):

@@ -127,13 +127,9 @@ def test_image_autoencoder_equals_diffusers_in_any_chunks():
     reference.load_state_dict(convert.convert_ldm_vae_checkpoint(state, reference.config))
     images, latents = torch.rand(3, 3, 32, 48) * 2 - 1, torch.randn(3, 4, 4, 6)
     with torch.no_grad():
-        posterior = reference.encode(images).latent_dist
-        assert close(ours.encode(images, chunk=2), 0.18215 * posterior.mean)
+        assert close(ours.encode(images, chunk=2), 0.18215 * reference.encode(images).latent_dist.mean)
         assert close(ours.decode(latents, chunk=2), reference.decode(latents / 0.18215).sample)
         assert torch.allclose(ours.decode(latents, chunk=1), ours.decode(latents, chunk=3), atol=1e-5)
-        sample = ours.encode(images, sample=True, generator=torch.Generator().manual_seed(5))
-        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
-        assert close(sample, 0.18215 * (posterior.mean + posterior.std * noise))
     with pytest.raises(InputError, match="30x48.*multiples of 8"):
         ours.encode(torch.zeros(1, 3, 30, 48))
 
