@@ -209,7 +209,7 @@ README = commands(code_blocks(read("README.md")))
 
 
 def name_of(value):
-    return value.text[:70] if isinstance(value, Command) else None
+    return value.text[:100] if isinstance(value, Command) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +297,8 @@ def test_the_pictures_are_small_and_there():
 
 LIMIT = 300  # seconds for a command, on a busy machine; an idle one takes 2 to 10
 HINT = ("The tables in tests/test_readme.py say how a README command is made small enough to be run: TINY has its "
-        "script's flags, OF_PRESET a preset's, STANDS_IN the files that a reader brings, NOT_RUN what is not run, and why.")
+        "script's flags, OF_PRESET a preset's, STANDS_IN the files that a reader brings, NOT_RUN what is not run and "
+        "why.")
 
 
 def why_not_run(command):
