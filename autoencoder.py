@@ -696,7 +696,8 @@ def flags():
     run_.add_argument("--run", help="run folder (default: runs/PRESET)")
     run_.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
     run_.add_argument("--encode", action="store_true", help="train no further: only encode the data set")
-    run_.add_argument("--seed", type=int, default=0)
+    run_.add_argument("--seed", type=int, default=0, help="of the weights, the clips, their order and the noise")
+    run_.add_argument("--workers", type=int, help="loader processes on each rank")
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="'shapes', a folder of videos, a CSV of captions, or a folder of .tar shards")
     data.add_argument("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
@@ -704,14 +705,13 @@ def flags():
     data.add_argument("--size", type=int, nargs="+", help="pixels: one number, or height and width")
     data.add_argument("--frames", type=int, help="L, frames a clip (table 4b: 16 or 24)")
     data.add_argument("--stride", type=int, default=1, help="take every n-th frame of the video")
-    data.add_argument("--workers", type=int, help="loader processes on each rank")
     model = parser.add_argument_group("model (table 5)")
     model.add_argument("--sd", help="raw Stable Diffusion or image autoencoder file: clips become its latents")
-    model.add_argument("--patch", type=int)
-    model.add_argument("--width", type=int, help="C'")
+    model.add_argument("--patch", type=int, help="side of a patch, in pixels or latents")
+    model.add_argument("--width", type=int, help="C', width of the trunks")
     model.add_argument("--motion-channels", type=int, help="D (table 4b: 8 or 16)")
     model.add_argument("--depth", type=int, help="blocks in each trunk")
-    model.add_argument("--heads", type=int)
+    model.add_argument("--heads", type=int, help="attention heads, each width / heads wide")
     model.add_argument("--content", choices=["weights", "mean", "frame"], default="weights",
                        help="the content frame: learned weights, plain mean (table 4b), or the first frame")
     model.add_argument("--smooth", action=argparse.BooleanOptionalAction, help="content weights a token, not a pixel")
@@ -719,22 +719,23 @@ def flags():
     train.add_argument("--steps", type=int, help="steps in all")
     train.add_argument("--batch-size", type=int, help="clips a step, over all ranks")
     train.add_argument("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
-    train.add_argument("--lr", type=float)
-    train.add_argument("--decay-steps", type=int, help="cosine decay of the rate to 0 at this step; 0 keeps it")
-    train.add_argument("--loss", choices=["mse", "l1"])
+    train.add_argument("--lr", type=float, help="Adam's learning rate")
+    train.add_argument("--decay-steps", type=int,
+                       help="short rise and cosine decay of the rate by this step; 0 keeps it constant")
+    train.add_argument("--loss", choices=["mse", "l1"], help="squared or absolute error of the frames")
     train.add_argument("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: "
                        "adds LPIPS of one random frame a clip to the loss (pixels only)")
     train.add_argument("--noise", type=float, help="deviation of the noise on the motion latent")
     train.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     train.add_argument("--compile", action="store_true", help="torch.compile the model")
     train.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
-    train.add_argument("--log-every", type=int)
-    train.add_argument("--save-every", type=int)
-    train.add_argument("--preview-every", type=int)
+    train.add_argument("--log-every", type=int, help="steps between rows of the log")
+    train.add_argument("--save-every", type=int, help="steps between checkpoints")
+    train.add_argument("--preview-every", type=int, help="steps between PSNRs and pictures in previews/")
     encode = parser.add_argument_group("encoding")
     encode.add_argument("--clips", type=int, help="clips to encode; 0: one of every video")
-    encode.add_argument("--clips-per-video", type=int, default=1)
-    encode.add_argument("--shard-size", type=int, default=1024)
+    encode.add_argument("--clips-per-video", type=int, default=1, help="random starts of each video")
+    encode.add_argument("--shard-size", type=int, default=1024, help="clips a shard")
     return parser
 
 
@@ -749,6 +750,11 @@ def load_autoencoder(run_folder, device):
     model.load_state_dict(state["model"])
     image = state["image_autoencoder"] and open_image_autoencoder(state["image_autoencoder"], device)
     return model.requires_grad_(False).eval().to(device), image, state
+
+
+def half(module):
+    """A frozen module's weights as the run folder keeps them."""
+    return {name: tensor.half() for name, tensor in module.state_dict().items()}
 
 
 def open_image_autoencoder(tensors, device):
@@ -943,7 +949,7 @@ def main():
     # Model
     image_state = saved and saved["image_autoencoder"]
     if args.sd and not saved:
-        image_state = {name: tensor.half() for name, tensor in load_image_autoencoder(args.sd).state_dict().items()}
+        image_state = half(load_image_autoencoder(args.sd))
     image = image_state and open_image_autoencoder(image_state, device)
     config = dict(channels=args.channels, frames=args.frames, size=[n // 8 for n in size] if image else list(size),
                   patch=args.patch, width=args.width, motion_channels=args.motion_channels, depth=args.depth,

@@ -123,8 +123,8 @@ class MovingShapes(torch.utils.data.Dataset):
     def draw(self, rng, shape, move, colour):
         height, width = self.size
         y, x = np.ogrid[0.5:height, 0.5:width]  # pixel centres
-        # The background: two dark colours blended along a random direction. Shapes are brighter than any of it: were some
-        # darker, a content model of minutes would halve the difference and draw neither.
+        # The background: two dark colours blended along a random direction. Every shape is brighter: were some darker,
+        # a content model of minutes would take the mean of both and draw neither.
         angle = rng.uniform(0, 2 * np.pi)
         ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle) + 0.5
         first, second = rng.uniform(0.15, 0.4, (2, 1)) + rng.uniform(-0.08, 0.08, (2, 3))
@@ -1078,11 +1078,19 @@ def run(main):
 # Flags, and what the three training loops share
 
 
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Every default in --help, but where there is none or the text tells it."""
+
+    def _get_help_string(self, action):
+        none = action.default is None or action.default is False or action.default == ""
+        return action.help if none or "(default" in action.help else super()._get_help_string(action)
+
+
 class Flags(argparse.ArgumentParser):
     """argparse, but a mistake costs one line, a near miss is named, and --help shows every default."""
 
     def __init__(self, text):
-        super().__init__(description=text, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=text, allow_abbrev=False, formatter_class=ShowDefaults)
 
     def error(self, message):
         wrong = re.findall(r"(?<=unrecognized arguments: )--[\w-]+", message)
@@ -1098,7 +1106,11 @@ def parse_flags(parser, presets, stage):
     starts afresh, so that one command serves a first start and torchrun's restarts. Raises InputError where a start
     would overwrite a checkpoint, and for another preset than the checkpoint's.
     """
-    given, _ = parser.parse_known_args()
+    words = sys.argv[1:]
+    given, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
+    if {"-h", "--help"} & set(words):  # with the defaults of the preset that is named
+        parser.set_defaults(**presets[given.preset or "shapes"])
+        parser.parse_args(["--help"])
     preset, encode = given.preset, getattr(given, "encode", False)
     if given.run and not preset:
         with contextlib.suppress(OSError, ValueError, KeyError), open(f"{given.run}/encodings/index.json") as file:
