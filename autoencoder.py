@@ -667,7 +667,7 @@ PRESETS = {
     # small errors; MSE, a higher learning rate that decays, and Adam's usual first beta, because the run is short.
     "shapes": dict(
         data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
-        smooth=True, noise=0.05, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=2400, decay_steps=2400,
+        smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay_steps=1400,
         clips=4000, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     # Table 5 and appendix B. LPIPS joins the loss where its two weight files are named.

@@ -689,9 +689,9 @@ def load_dit(path, dit):
 # Presets and flags
 
 PRESETS = {
-    # Against the paper: a small DiT that predicts the clean frame (what a narrow model can do best), the cosine schedule
-    # (the linear one spends half of so short a run on almost pure noise), a higher learning rate that decays, a shorter
-    # EMA. Label embeddings start at unit size in every preset: DiT's 0.02 takes thousands of steps to outgrow.
+    # Against the paper: a small DiT that predicts the clean frame, which is what a narrow model does best; the cosine
+    # schedule, since the linear one spends half of so short a run on almost pure noise; a higher learning rate, which
+    # decays; a shorter EMA. Label embeddings start at unit size in every preset: DiT's 0.02 takes long to outgrow.
     "shapes": dict(
         model="mini", patch=4, predict="x", schedule="cosine", lr=3e-3, batch_size=16, steps=2000, decay_steps=2000,
         ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,

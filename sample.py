@@ -291,7 +291,7 @@ def profile(sampler, seconds, clips):
 # Flags
 
 DEFAULTS = {  # by the run's preset: guidance scales of content and motion. The paper's w is 4 on UCF-101, 7.5 for text.
-    "shapes": dict(guidance=3.0, motion_guidance=2.0),
+    "shapes": dict(guidance=2.5, motion_guidance=2.0),
     "ucf101": dict(guidance=5.0, motion_guidance=5.0),
     "webvid_sd15": dict(guidance=8.5, motion_guidance=8.5),
     "webvid_sd21": dict(guidance=8.5, motion_guidance=8.5),

@@ -58,7 +58,8 @@ def train(steps=700, batch=48, seed=1):
 @torch.no_grad()
 def features(model, videos):
     """(N, 64): the classifier's last feature maps, averaged over time and space."""
-    return torch.cat([model[:4](part).mean((2, 3, 4)) for part in videos.split(60)])
+    layers = nn.Sequential(*list(model)[:4])
+    return torch.cat([layers(part).mean((2, 3, 4)) for part in videos.split(60)])
 
 
 @torch.no_grad()
