@@ -9,12 +9,8 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def pytest_configure(config):
-    import torch
-
-    torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each of pytest's workers, and the scripts that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ Plain script; about a minute on 2 cores. Prints the classifier's accuracy on rea
 ones the share whose shape and motion (motion alone) it names as captions.txt does, the Frechet distance of its features
 (an FVD for shapes: comparable between runs, since the classifier is always the same), and the spread of colours and
 positions within a class as a share of the real spread. Reads the folders of --reconstruct and --predict-motion as well:
-name their `fake` folder.
+name their `fake` folder. Several folders are judged by one classifier.
 """
 
 import os
@@ -87,11 +87,8 @@ def spread(videos, labels):
             for name, value in traits(videos).items()}
 
 
-def main(folder):
-    model, test = train(), MovingShapes(FRAMES, SIZE, split="test")
-    real, real_labels = batch_of(test, range(600))
-    whole, _ = accuracy(model, real, real_labels)
-    print(f"classifier on 600 real test clips: {whole:.1%} right")
+def read_folder(folder):
+    """(videos (N, 3, L, H, W), labels (N,)) of a folder that sample.py wrote."""
     captions = os.path.join(folder, "captions.txt")
     if not os.path.isfile(captions):  # sample.py writes them beside `real` and `fake`
         captions = os.path.join(folder, "..", "captions.txt")
@@ -99,19 +96,24 @@ def main(folder):
         labels = torch.tensor([MovingShapes.classes.index(" ".join(line.split()[-3:])) for line in file])
     names = sorted(name for name in find_videos(folder) if name.endswith(".mp4"))
     clips = np.stack([read_clip(os.path.join(folder, name), FRAMES) for name in names])
-    videos = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    both, motion = accuracy(model, videos, labels)
-    print(f"{len(videos)} generated clips: shape and motion right in {both:.1%}, motion in {motion:.1%}")
-    distance = frechet_distance(features(model, real), features(model, videos))
-    print(f"Frechet distance of the classifier's features to those of the 600 real clips: {distance:.2f}")
-    ours, theirs = spread(videos, labels), spread(real, real_labels)
-    shares = {name: ours[name] / theirs[name] for name in ours}
-    print("spread within a class, as a share of the real: "
-          + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()))
-    return whole, both, motion, shares
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1, labels
+
+
+def main(folders):
+    model, test = train(), MovingShapes(FRAMES, SIZE, split="test")
+    real, real_labels = batch_of(test, range(600))
+    print(f"classifier on 600 real test clips: {accuracy(model, real, real_labels)[0]:.1%} right")
+    theirs = spread(real, real_labels)
+    for folder in folders:
+        videos, labels = read_folder(folder)
+        both, motion = accuracy(model, videos, labels)
+        distance = frechet_distance(features(model, real), features(model, videos))
+        shares = ", ".join(f"{name} {share / theirs[name]:.2f}" for name, share in spread(videos, labels).items())
+        print(f"{folder}: {len(videos)} clips, shape and motion right {both:.1%}, motion right {motion:.1%}, "
+              f"Frechet distance {distance:.2f}; spread within a class, real 1: {shares}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not os.path.isdir(sys.argv[1]):
-        sys.exit("judge.py: name a folder that sample.py wrote from a shapes run")
-    main(sys.argv[1])
+    if len(sys.argv) < 2 or not all(map(os.path.isdir, sys.argv[1:])):
+        sys.exit("judge.py: name folders that sample.py wrote from a shapes run")
+    main(sys.argv[1:])
