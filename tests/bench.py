@@ -432,6 +432,33 @@ SAMPLING_COLUMNS = (f"{'sampling':<9} {'clips':>5}{'content':>9}{'motion':>9}{'d
 # The loader
 
 
+@torch.no_grad()
+def compare_samplers(run, device, clips=12):
+    """Root mean square distance, in the latents' deviations, of what each sampler draws in few steps from what DDIM
+    draws in 1000, from the same noise and with the preset's guidance. A step costs both samplers the same: one call."""
+    args = sample.flags().parse_args(["--run", run])
+    sampler = sample.Sampler(args, device)
+    args.guidance, args.motion_guidance = sample.DEFAULTS[sampler.state["args"]["preset"]].values()
+    wishes = [i % len(sampler.state["classes"]) for i in range(clips)]
+
+    def draw(name, steps):
+        args.steps = args.motion_steps = steps
+        sampler.sampler = sample.SAMPLERS[name]
+        content = sampler.draw_content(wishes, range(clips))
+        truth.setdefault("content", content)  # the motion of the same content frames
+        return dict(content=content, motion=sampler.draw_motion(truth["content"], wishes, range(clips)))
+
+    truth = {}
+    truth = draw("ddim", 1000)
+    print(f"{run}: distance of {clips} clips from 1000 steps of DDIM, in deviations\n"
+          f"{'steps':>5} {'content: ddim':>14} {'dpm++':>7} {'motion: ddim':>13} {'dpm++':>7}")
+    for steps in (5, 10, 20, 50, 100):
+        drawn = {name: draw(name, steps) for name in sample.SAMPLERS}
+        row = [((drawn[name][part] - truth[part]).square().mean().sqrt() / truth[part].std()).item()
+               for part in truth for name in sample.SAMPLERS]
+        print("{:>5} {:>14.4f} {:>7.4f} {:>13.4f} {:>7.4f}".format(steps, *row))
+
+
 def bench_loader(args, preset):
     """Clips a second in one process, frames decoded for each frame used, and decoding each file from its start."""
     p = autoencoder.PRESETS[preset]
@@ -539,12 +566,15 @@ def main():
     parser.add_argument("--size", type=int, nargs="+", help="pixels, in place of the preset's")
     parser.add_argument("--rounds", type=int, help="turns of each version (default: 3; 1 in a GPU's report)")
     parser.add_argument("--data", help="folder of videos for the loader (default: made up)")
+    parser.add_argument("--samplers", metavar="RUN", help="how near few steps of each sampler come to 1000 of DDIM")
     parser.add_argument("--plan", action="store_true", help="print the plan alone, from --rate and --mfu")
     parser.add_argument("--rate", type=float, help="TFLOPS of one GPU, for --plan")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of --rate that is reached, for --plan")
     args = parser.parse_args()
     if args.plan:
         return plan((args.rate or 312) * 1e12, dict.fromkeys(STAGES, args.mfu))
+    if args.samplers:
+        return compare_samplers(args.samplers, args.device)
     report = args.device.type == "cuda" and not args.preset
     args.preset = args.preset or ("webvid_sd21" if report else "shapes")
     if args.device.type == "cuda":
