@@ -1,16 +1,15 @@
 """Draws the README's pictures from a trained shapes run: python assets/draw.py runs/shapes runs/shapes/samples
 
-idea.png (a real clip, its content frame, motion latent and reconstruction), losses.png, and a copy of samples.gif.
+idea.png (a real clip, its content frame, motion latent and reconstruction), losses.png, and samples.gif, enlarged.
 """
 
 import csv
 import os
-import shutil
 import sys
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from autoencoder import load_autoencoder  # noqa: E402
@@ -86,8 +85,8 @@ def losses(run):
     """The three loss curves, on logarithmic axes, from the logs."""
     canvas = Image.new("RGB", (1180, 280), "white")
     draw = ImageDraw.Draw(canvas)
-    for k, (stage, title) in enumerate((("autoencoder", "autoencoder: MSE"), ("content", "content: MSE of v"),
-                                        ("motion", "motion: MSE of v"))):
+    for k, (stage, title) in enumerate((("autoencoder", "autoencoder: MSE"), ("content", "content: equation 7"),
+                                        ("motion", "motion: equation 8"))):
         with open(os.path.join(run, f"{stage}.csv")) as file:
             points = np.array([(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row["loss"]])
         left, top, width, height = 60 + k * 390, 44, 310, 190
@@ -104,9 +103,20 @@ def losses(run):
     canvas.save(os.path.join(HERE, "losses.png"), optimize=True)
 
 
+def samples(folder, factor=3):
+    """samples.gif with every pixel as a square of `factor` pixels, since a browser would blur it."""
+    with Image.open(os.path.join(folder, "samples.gif")) as gif:
+        frames = [frame.convert("RGB").resize((gif.width * factor, gif.height * factor), Image.Resampling.NEAREST)
+                  for frame in ImageSequence.Iterator(gif)]
+        palette = frames[0].quantize(256, dither=Image.Dither.NONE)
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+        frames[0].save(os.path.join(HERE, "samples.gif"), save_all=True, append_images=frames[1:], loop=0,
+                       duration=gif.info["duration"])
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("draw.py: name a shapes run and the folder that sample.py wrote from it")
     idea(sys.argv[1])
     losses(sys.argv[1])
-    shutil.copy(os.path.join(sys.argv[2], "samples.gif"), os.path.join(HERE, "samples.gif"))
+    samples(sys.argv[2])
