@@ -718,6 +718,7 @@ def shared_flags(text, presets, model):
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=presets, help="fills every default below (default: the run's, else shapes)")
     add("--run", help="run folder with the encodings (default: runs/PRESET)")
+    add("--encodings", metavar="RUN", help="train on another run's autoencoder and encodings, linked into --run")
     add("--data", help="the data set that was encoded; only checked against the encodings")
     add("--resume", action="store_true", help="go on from the run folder's checkpoint")
     add("--seed", type=int, default=0, help="of the weights, the order of the clips and the noise")

@@ -1099,6 +1099,20 @@ class Flags(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} ({hint})\n")
 
 
+def link_encodings(run_folder, other):
+    """Lends a run folder the autoencoder and the encodings of another, as links. Raises InputError where it has its own
+    or the other has none."""
+    for name in ("autoencoder.pt", "encodings"):
+        source, target = os.path.realpath(os.path.join(other, name)), os.path.join(run_folder, name)
+        if not os.path.exists(source):
+            raise InputError(f"--encodings {other} has no {name}: train and encode with autoencoder.py --run {other}")
+        os.makedirs(run_folder, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # by an earlier start, or another rank
+            os.symlink(os.path.relpath(source, os.path.realpath(run_folder)), target)
+        if os.path.realpath(target) != source:
+            raise InputError(f"{target} exists: --encodings {other} is for another --run")
+
+
 def parse_flags(parser, presets, stage):
     """(flags, checkpoint or None). From weakest to strongest: preset, checkpoint when resuming, command line.
 
@@ -1112,6 +1126,10 @@ def parse_flags(parser, presets, stage):
         parser.set_defaults(**presets[given.preset or "shapes"])
         parser.parse_args(["--help"])
     preset, encode = given.preset, getattr(given, "encode", False)
+    if getattr(given, "encodings", None):
+        if not given.run:
+            raise InputError("--encodings needs --run: the folder of the new run")
+        link_encodings(given.run, given.encodings)
     if given.run and not preset:
         with contextlib.suppress(OSError, ValueError, KeyError), open(f"{given.run}/encodings/index.json") as file:
             preset = json.load(file)["preset"]

@@ -3,6 +3,7 @@ costs the user one clear line."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -157,6 +158,8 @@ MISTAKES = [  # command, words of the one line
     ("content_diffusion.py --run {run} --preset ucf101 --resume", "trained with --preset shapes, not ucf101"),
     ("motion_diffusion.py --run {empty}", "no encodings in {empty}"),
     ("motion_diffusion.py --run {other} --content-patch 5", "patches of 5"),
+    ("motion_diffusion.py --encodings {empty}", "--encodings {empty} has no autoencoder.pt"),
+    ("content_diffusion.py --run {other} --encodings {theirs}", "{other}/autoencoder.pt exists"),
     ("sample.py --run {empty}", "no {empty}/autoencoder.pt"),
     ("sample.py --run {swapped}", "was written by content_diffusion.py, not by motion_diffusion.py"),
     ("sample.py --run {run} --label hexagon", "--label hexagon is none of the 12 classes: circle moving left"),
@@ -178,7 +181,9 @@ def places(shapes_run, video_folder, tmp_path_factory):
     os.symlink(os.path.join(shapes_run, "content.pt"), root / "swapped" / "motion.pt")
     for name in ("autoencoder.pt", "encodings"):
         os.symlink(os.path.join(shapes_run, name), root / "other" / name)
-    return dict(run=shapes_run, videos=video_folder, **{name: root / name for name in ("empty", "swapped", "other")})
+    shutil.copytree(shapes_run, root / "theirs")
+    return dict(run=shapes_run, videos=video_folder,
+                **{name: root / name for name in ("empty", "swapped", "other", "theirs")})
 
 
 @pytest.mark.parametrize("command, words", MISTAKES)
