@@ -428,10 +428,6 @@ SAMPLING_COLUMNS = (f"{'sampling':<9} {'clips':>5}{'content':>9}{'motion':>9}{'d
                     f"{'seconds':>9}{'MFU c.':>7}{'MFU m.':>7}{'GB':>7}{'+image':>7}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loader
-
-
 @torch.no_grad()
 def compare_samplers(run, device, clips=12):
     """Root mean square distance, in the latents' deviations, of what each sampler draws in few steps from what DDIM
@@ -457,6 +453,10 @@ def compare_samplers(run, device, clips=12):
         row = [((drawn[name][part] - truth[part]).square().mean().sqrt() / truth[part].std()).item()
                for part in truth for name in sample.SAMPLERS]
         print("{:>5} {:>14.4f} {:>7.4f} {:>13.4f} {:>7.4f}".format(steps, *row))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loader
 
 
 def bench_loader(args, preset):
