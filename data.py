@@ -5,7 +5,6 @@ writing them; the encodings that stage 1 leaves and stages 2 and 3 read; checkpo
 """
 
 import argparse
-import array
 import concurrent.futures
 import contextlib
 import csv
@@ -88,20 +87,18 @@ class MovingShapes(torch.utils.data.Dataset):
     """One shape moves in one direction over a soft, dark two-colour background: 12 classes, drawn on the fly, no files.
 
     Clip i is a function of (seed, split, i) alone, so every process draws the same one. `train` is endless (any index
-    is valid, its length is nominal); `test` is a fixed set. The split is part of the random key, so no clip is in both.
+    is valid, its length is nominal); `test` is a fixed set of other clips.
 
-    frames: L >= 1. size: pixels, an int or (H, W). length: number of clips. Items: video (3, L, H, W) in [-1, 1],
-    label 0..11 (index % 12, so batches are balanced), caption 'a red circle moving left'.
+    frames: L >= 1. size: pixels, an int or (H, W). Items: video (3, L, H, W) in [-1, 1], label 0..11 (index % 12, so
+    batches are balanced), caption 'a red circle moving left'.
     """
 
     classes = [f"{shape} moving {move}" for shape in SHAPES for move in MOVES]
 
-    def __init__(self, frames=16, size=32, seed=0, split="train", length=None):
-        if split not in ("train", "test"):
-            raise InputError(f"MovingShapes has the splits train and test, not {split!r}")
+    def __init__(self, frames=16, size=32, seed=0, split="train"):
         self.frames, self.size, self.seed, self.split = frames, pair(size), seed, split
-        self.endless = split == "train" and length is None
-        self.length = length or {"train": 1_000_000, "test": 2_400}[split]
+        self.length = {"train": 1_000_000, "test": 2_400}[split]
+        self.endless = split == "train"
 
     def __len__(self):
         return self.length
@@ -245,15 +242,12 @@ def read_clip(file, frames, size=None, stride=1, rng=None):
     key frame before the clip to the clip's end. Rotations and flips noted in the file are applied, oblong pixels made
     square. Raises BadVideo: unreadable, no video stream, damaged, or fewer than (frames - 1) * stride + 1 frames.
     """
-    span = (frames - 1) * stride + 1
-    count = None
-    for attempt in range(5):
-        # Where damage is in the way, or the header promised more frames than there are, another start is drawn. The
-        # last attempt is at the first frame, and there either is an error.
-        place = 0.0 if rng is None or attempt == 4 else rng.random()
+    span, count = (frames - 1) * stride + 1, None
+    # Where damage is in the way, or the header promised more frames than there are, another start is tried. The last
+    # is the first frame, and there either is an error.
+    for place in [*(rng.random() for _ in range(4 if rng else 0)), 0.0]:
         with open_video(file) as (container, stream):
-            if count is None:
-                count = header_frames(container, stream)
+            count = header_frames(container, stream) if count is None else count
             start = int(place * max(1, count - span + 1))
             try:
                 clip, seen = decode(container, stream, start, frames, size, stride)
@@ -340,7 +334,9 @@ def to_rgb(frame, turn, stream, size, scaler):
     lying = abs(a) + abs(d) < abs(b) + abs(c)
     aspect = min(max(float(stream.sample_aspect_ratio or 1), 0.1), 10)  # a pixel's; a broken file may tell anything
     wide = frame.width * aspect
-    H, W = (frame.height, round(wide)) if size is None else pair(size)[::-1] if lying else pair(size)
+    H, W = frame.height, round(wide)
+    if size is not None:
+        H, W = pair(size)[::-1] if lying else pair(size)
     scale = max(H / frame.height, W / wide)
     height, width = max(H, round(frame.height * scale)), max(W, round(wide * scale))
     picture = scaler.reformat(frame, width, height, "rgb24", **SCALING).to_ndarray()
@@ -363,11 +359,6 @@ def to_model(clip):
     return torch.from_numpy(clip).permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
-def examples(files):
-    """{reason: a file it holds for} -> the first five of them in words."""
-    return "; ".join(f"{reason} ({file})" for reason, file in list(files.items())[:5])
-
-
 class VideoFiles(torch.utils.data.Dataset):
     """What the data sets of video files share: clips by (index, draw), and what becomes of files that cannot be read.
 
@@ -382,7 +373,6 @@ class VideoFiles(torch.utils.data.Dataset):
             raise InputError(f"frames ({frames}), size ({size}) and stride ({stride}) must be at least 1")
         self.where, self.frames, self.size, self.stride, self.seed = where, frames, size, stride, seed
         self.state = torch.zeros(count, dtype=torch.uint8).share_memory_()  # by all workers: 0 not tried, 1 good, 2 bad
-        self.reasons = {}
 
     def __len__(self):
         return len(self.state)
@@ -401,10 +391,9 @@ class VideoFiles(torch.utils.data.Dataset):
             tried, bad = int((self.state > 0).sum()), int((self.state == 2).sum())
             if not known:
                 say(f"left out: {name}: {e} ({bad} of {tried} files tried)")
-            self.reasons.setdefault(str(e), name)
             if 2 * bad > max(tried, min(len(self), 32)):
                 raise InputError(f"{bad} of the {tried} files tried in {self.where} cannot be used, more than half: "
-                                 f"{examples(self.reasons)}") from None
+                                 f"{e} ({name})") from None
             raise
         self.state[index] = 1
         return dict(video=to_model(clip), label=label, caption=caption)
@@ -441,16 +430,11 @@ class VideoFolder(VideoFiles):
         files = find_videos(root)
         if not files:
             raise InputError(f"{root}: no videos in it or below it; looked for {' '.join(VIDEO_ENDINGS)}")
-        of = {file: file.split(os.sep)[0] if os.sep in file else "" for file in files}
+        of = {file: os.path.dirname(file).split(os.sep)[0] for file in files}  # the class, "" in root itself
         self.classes = sorted(set(of.values()) - {""})
         if split is not None:
             files = self._select(files, split)
-        loose = [file for file in files if self.classes and of[file] not in self.classes]
-        if loose:
-            say(f"{root}: left out {len(loose)} of {len(files)} files, in no class's folder: {', '.join(loose)}")
-            files = [file for file in files if of[file] in self.classes]
-        if len(files) <= CHECK_AT_MOST:
-            files = self._check(files, (frames - 1) * stride + 1)
+        files = self._check(files, of, (frames - 1) * stride + 1)
         self.files, self.labels = files, [self.classes.index(of[file]) if self.classes else 0 for file in files]
         # In words: a space where a small letter or digit meets a capital, and for what is neither letter nor digit.
         self.captions = [re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\W_]+", " ", name).strip().lower()
@@ -459,39 +443,40 @@ class VideoFolder(VideoFiles):
 
     def _select(self, files, split):
         """The files that a list of UCF-101's kind names. Sets the classes from the classInd.txt beside it."""
-        places = [os.path.join(base, folder) for base in (self.root, os.path.dirname(os.path.abspath(self.root)))
+        places = [pathlib.Path(base, folder) for base in (self.root, pathlib.Path(self.root).absolute().parent)
                   for folder in ("", "ucfTrainTestlist")]
-        lists = [path for path in [split] + [os.path.join(place, split) for place in places] if os.path.isfile(path)]
-        if not lists:
-            raise InputError(f"split {split}: no such file, neither by that path nor in {', '.join(places)}")
-        with open(lists[0], encoding="utf-8-sig", errors="surrogateescape") as file:
-            names = [re.sub(r"\s+\d+$", "", line.strip()) for line in file if line.strip()]  # "Class/file.avi 1"
+        path = next(filter(pathlib.Path.is_file, [pathlib.Path(split), *(place / split for place in places)]), None)
+        if not path:
+            raise InputError(f"split {split}: no such file, neither by that path nor in {', '.join(map(str, places))}")
+        lines = path.read_text("utf-8-sig", "surrogateescape").splitlines()
+        names = [re.sub(r"\s+\d+$", "", line.strip()) for line in lines if line.strip()]  # "Class/file.avi 1"
         listed = {os.path.splitext(name.replace("/", os.sep))[0] for name in names}  # .avi may have become .mp4
         found = [file for file in files if os.path.splitext(file)[0] in listed]
         if not found:
-            raise InputError(f"{lists[0]} lists none of the videos in {self.root}: it has names like "
+            raise InputError(f"{path} lists none of the videos in {self.root}: it has names like "
                              f"{names[0] if names else '(nothing)'}, the folder has {files[0]}")
         if len(found) < len(listed):
-            say(f"{lists[0]}: {len(listed) - len(found)} of its {len(listed)} videos are not in {self.root}")
-        index = os.path.join(os.path.dirname(lists[0]), "classInd.txt")
-        if os.path.isfile(index):
-            with open(index, encoding="utf-8-sig") as file:
-                rows = [line.split() for line in file if line.strip()]  # "1 ApplyEyeMakeup"
-            self.classes = [name for _, name in sorted((int(number), name) for number, name in rows)]
+            say(f"{path}: {len(listed) - len(found)} of its {len(listed)} videos are not in {self.root}")
+        if path.with_name("classInd.txt").is_file():
+            words = path.with_name("classInd.txt").read_text("utf-8-sig").split()  # "1 ApplyEyeMakeup", a line each
+            self.classes = [name for _, name in sorted(zip(map(int, words[::2]), words[1::2]))]
         return found
 
-    def _check(self, files, span):
-        """The files that have `span` frames; says which are left out, and why."""
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            faults = pool.map(lambda file: fault(os.path.join(self.root, file), span), files)
-            bad = {file: reason for file, reason in zip(files, faults) if reason}
+    def _check(self, files, of, span):
+        """The files that have a class and `span` frames; says which are left out, and why."""
+        bad = {file: "in no class's folder" for file in files if self.classes and of[file] not in self.classes}
+        if len(files) <= CHECK_AT_MOST:
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                faults = pool.map(lambda file: fault(os.path.join(self.root, file), span), files)
+                bad |= {file: reason for file, reason in zip(files, faults) if reason}
         if bad and os.environ.get("RANK", "0") == "0":  # every rank finds the same
             say(f"{self.root}: left out {len(bad)} of {len(files)} files:\n"
                 + "\n".join(f"  {file}: {reason}" for file, reason in bad.items()))
-        unreadable = [reason for reason in bad.values() if not reason.startswith("too short")]
-        if len(bad) == len(files) or 2 * len(unreadable) > len(files):
+        broken = [file for file, reason in bad.items() if not reason.startswith(("too short", "in no class"))]
+        if len(bad) == len(files) or 2 * len(broken) > len(files):
+            first = (broken or files)[0]
             raise InputError(f"{self.root}: {len(bad)} of {len(files)} videos cannot be used ({span} frames are needed "
-                             f"of each): {examples({reason: file for file, reason in bad.items()})}")
+                             f"of each), such as: {bad[first]} ({first})")
         return [file for file in files if file not in bad]
 
     def _locate(self, index):
@@ -500,28 +485,21 @@ class VideoFolder(VideoFiles):
 
 
 def csv_rows(path):
-    """The byte at which each row of a CSV file starts, that with the columns too: int64 (rows,). Skips blank lines.
+    """Yields the byte at which each row of a CSV file starts, that with the columns too. Skips blank lines.
 
     Raises InputError where a quote that is not closed swallows more than a field can hold.
     """
-    starts, start, end = array.array("q"), 0, 0
-
-    def lines():  # csv.reader takes as many as a row needs: several where a quoted field holds line breaks
-        nonlocal end
-        with open(path, "rb") as file:
-            for line in file:
-                end += len(line)
-                yield line.decode("latin-1").replace("\r", "")  # any bytes will do: only commas and quotes matter here
-
-    reader = csv.reader(lines())
-    try:
-        for row in reader:
-            if row:
-                starts.append(start)
-            start = end
-    except csv.Error as e:
-        raise InputError(f"{path}, line {reader.line_num}: {e}; is a quote not closed?") from None
-    return np.array(starts, np.int64)
+    with open(path, "rb") as file:
+        # csv takes as many lines as a row needs; in any encoding, since only commas and quotes matter here.
+        reader = csv.reader(line.decode("latin-1").replace("\r", "") for line in file)
+        start = 0
+        try:
+            for row in reader:
+                if row:
+                    yield start
+                start = file.tell()
+        except csv.Error as e:
+            raise InputError(f"{path}, line {reader.line_num}: {e}; is a quote not closed?") from None
 
 
 def tar_rows(path):
@@ -562,11 +540,11 @@ class CaptionedVideos(VideoFiles):
         else:
             raise InputError(f"{csv}: no such file; give a .csv file, a .tar, or a folder of .tar files")
         if self.tars:
-            with concurrent.futures.ProcessPoolExecutor(8) as pool:
+            with concurrent.futures.ProcessPoolExecutor(8) as pool:  # millions of headers, read by Python
                 parts = list(pool.map(tar_rows, self.tars))
             self.rows, self.ends = np.concatenate(parts), np.cumsum([len(part) for part in parts])
         else:
-            rows = csv_rows(csv)
+            rows = np.fromiter(csv_rows(csv), np.int64)
             self.columns, self.rows = self._row(rows[0]) if len(rows) else [], rows[1:]
             self.webvid = {"videoid", "page_dir", "name"} <= set(self.columns)
             if not self.webvid and not {"path", "caption"} <= set(self.columns):
@@ -623,14 +601,16 @@ def to_uint8(video):
     return video.expand(3, -1, -1, -1).permute(1, 2, 3, 0).contiguous().numpy()
 
 
-def tile(videos, columns):
-    """Equally large videos side by side, in rows of `columns`, 2 pixels apart: np.uint8 (L, H', W', 3)."""
+def tile(videos, columns, gap=2, colour=0):
+    """Equally large videos (see to_uint8) side by side, in rows of `columns`, `gap` pixels of grey level `colour`
+    apart: np.uint8 (L, H', W', 3)."""
     videos = np.stack([to_uint8(video) for video in videos])  # (N, L, H, W, 3)
     rows = math.ceil(len(videos) / columns)
-    videos = np.pad(videos, [(0, rows * columns - len(videos)), (0, 0), (0, 2), (0, 2), (0, 0)])
+    pad = [(0, rows * columns - len(videos)), (0, 0), (0, gap), (0, gap), (0, 0)]
+    videos = np.pad(videos, pad, constant_values=colour)
     _, L, H, W, _ = videos.shape
     videos = videos.reshape(rows, columns, L, H, W, 3).transpose(2, 0, 3, 1, 4, 5)  # (L, rows, H, columns, W, 3)
-    return videos.reshape(L, rows * H, columns * W, 3)[:, :-2, :-2]
+    return videos.reshape(L, rows * H, columns * W, 3)[:, :-gap, :-gap]
 
 
 def write_video(path, video, fps):
@@ -676,30 +656,20 @@ def palette_frames(video):
 
 
 def write_sheet(path, videos, columns, captions=None, frames=9):
-    """One .png to look at: each video (float or uint8, as for write_video) is a strip of up to `frames` frames, evenly
-    spread, under its caption; `columns` strips side by side. Small pictures are enlarged, pixel by pixel, to 96 pixels
-    or more."""
-    videos = [to_uint8(video) for video in videos]
-    captions = captions or [""] * len(videos)
-    strips = []
-    for video in videos:
+    """One .png to look at: each video (float or uint8, as for write_video; all equally large) is a strip of up to
+    `frames` frames, evenly spread, under as much of its caption as fits; `columns` strips side by side. Small pictures
+    are enlarged, pixel by pixel, to 96 pixels or more."""
+    strips, font = [], ImageFont.load_default(14)
+    for video, caption in zip(map(to_uint8, videos), captions or itertools.repeat("")):
         video = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
         times = math.ceil(96 / min(video.shape[1:3]))
-        video = np.pad(video.repeat(times, 1).repeat(times, 2), [(0, 0), (0, 0), (0, 2), (0, 0)], constant_values=255)
-        strips.append(Image.fromarray(np.concatenate(list(video), 1)))  # (H, frames * (W + 2), 3)
-    text, gap = 20 if any(captions) else 0, 10
-    width, height = (max(strip.size[i] for strip in strips) + gap for i in (0, 1))
-    columns = min(columns, len(strips))
-    sheet = Image.new("RGB", (columns * width + gap, math.ceil(len(strips) / columns) * (height + text) + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for i, (strip, caption) in enumerate(zip(strips, captions)):
-        x, y = gap + i % columns * width, gap + i // columns * (height + text)
-        while caption and draw.textlength(caption, font) > width - gap:
-            caption = caption[:-4].rstrip() + "..."
-        draw.text((x, y), caption, "black", font)
-        sheet.paste(strip, (x, y + text))
+        video = video.repeat(times, 1).repeat(times, 2)
+        strip = tile(video[:, None], columns=len(video), colour=255)[0]  # each frame a video of one frame
+        strip = Image.fromarray(np.pad(strip, [(20 if captions else 0, 0), (0, 0), (0, 0)], constant_values=255))
+        ImageDraw.Draw(strip).text((0, 0), caption, "black", font)
+        strips.append(np.array(strip)[None])  # (1, H, W, 3)
     with aside(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        Image.fromarray(tile(strips, min(columns, len(strips)), 10, 255)[0]).save(temporary, format="PNG")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -727,21 +697,20 @@ def write_shard(folder, number, content, motion, records, **extra):
     content (N, C, H, W) and motion (N, D, L, H'+W') are arrays, records N dicts. `extra` goes into shard.json.
     Raises InputError where it cannot be written.
     """
-    final, temporary = os.path.join(folder, f"shard-{number:05d}"), os.path.join(folder, f"tmp-{number:05d}")
+    final, temporary = (pathlib.Path(folder, f"{name}-{number:05d}") for name in ("shard", "tmp"))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
+        temporary.mkdir(parents=True)
         lines = [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records]
-        np.save(os.path.join(temporary, "content.npy"), np.asarray(content, np.float16))
-        np.save(os.path.join(temporary, "motion.npy"), np.asarray(motion, np.float16))
-        np.save(os.path.join(temporary, "lines.npy"), np.cumsum([0] + [len(line) for line in lines]).astype(np.int64))
-        with open(os.path.join(temporary, "clips.jsonl"), "wb") as file:
-            file.writelines(lines)
-        paths = sorted(pathlib.Path(temporary).iterdir())
-        info = dict(clips=len(records), crc32={path.name: zlib.crc32(path.read_bytes()) for path in paths},
-                    bytes={path.name: path.stat().st_size for path in paths})
-        write_json(os.path.join(temporary, "shard.json"), info | extra)
-        os.rename(temporary, final)
+        np.save(temporary / "content.npy", np.asarray(content, np.float16))
+        np.save(temporary / "motion.npy", np.asarray(motion, np.float16))
+        np.save(temporary / "lines.npy", np.cumsum([0] + [len(line) for line in lines]).astype(np.int64))
+        (temporary / "clips.jsonl").write_bytes(b"".join(lines))
+        paths = sorted(temporary.iterdir())
+        write_json(temporary / "shard.json", dict(
+            clips=len(records), crc32={path.name: zlib.crc32(path.read_bytes()) for path in paths},
+            bytes={path.name: path.stat().st_size for path in paths}) | extra)
+        temporary.rename(final)
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"cannot write {final}: {e.strerror or e}; mend it and repeat with --encode") from None
@@ -749,11 +718,11 @@ def write_shard(folder, number, content, motion, records, **extra):
 
 def check_shard(folder, checksums=True):
     """The contents of a shard's shard.json. Raises InputError that names the file that is missing or damaged."""
-    mend = f"delete {folder} and run `python autoencoder.py --run {os.path.dirname(os.path.dirname(folder))} --encode`"
+    folder = pathlib.Path(folder)
+    mend = f"delete {folder} and run `python autoencoder.py --run {folder.parents[1]} --encode`"
     try:
-        with open(os.path.join(folder, "shard.json")) as file:
-            info = json.load(file)
-        damaged = [path for path in map(pathlib.Path(folder).joinpath, info["bytes"])
+        info = json.loads((folder / "shard.json").read_text())
+        damaged = [path for path in map(folder.joinpath, info["bytes"])
                    if path.stat().st_size != info["bytes"][path.name]
                    or (checksums and zlib.crc32(path.read_bytes()) != info["crc32"][path.name])]
     except (OSError, ValueError, KeyError) as e:
@@ -781,8 +750,7 @@ class EncodedClips(torch.utils.data.Dataset):
     def __init__(self, run, data=None):
         folder, command = os.path.join(run, "encodings"), f"`python autoencoder.py --run {run} --encode`"
         try:
-            with open(os.path.join(folder, "index.json")) as file:
-                self.index = json.load(file)
+            self.index = json.loads(pathlib.Path(folder, "index.json").read_text())
         except (OSError, ValueError):
             raise InputError(f"no encodings in {run}: train with `python autoencoder.py --run {run}`, or encode with "
                              f"{command}") from None
@@ -801,15 +769,15 @@ class EncodedClips(torch.utils.data.Dataset):
             torch.tensor(self.index[name])[:, None, None] for name in ("motion_mean", "motion_std"))
         small = self.index["clips"] * (np.prod(self.content_shape) + np.prod(self.motion_shape)) * 2 < 2**30
         self.shards = [os.path.join(folder, f"shard-{number:05d}") for number in range(self.index["shards"])]
-        self.ends = np.cumsum([check_shard(shard, checksums=small)["clips"] for shard in self.shards])
+        self.starts = np.cumsum([0] + [check_shard(shard, checksums=small)["clips"] for shard in self.shards])
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
     def __getitem__(self, key):
         index = range(len(self))[key[0] if isinstance(key, tuple) else key]
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        row = index - (int(self.ends[number - 1]) if number else 0)
+        number = np.searchsorted(self.starts, index, side="right") - 1
+        row = index - self.starts[number]
         content, motion, lines, text = open_shard(self.shards[number])
         record = json.loads(text[lines[row]:lines[row + 1]].tobytes())
         return dict(content=torch.from_numpy(content[row].astype(np.float32)),
@@ -821,33 +789,30 @@ class EncodedClips(torch.utils.data.Dataset):
 # The stream of batches
 
 
-class BatchKeys:
-    """Which clips each step reads: an endless list of batches of keys (index, epoch), the same for any number of ranks.
+@functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
+def shuffled(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def batch_keys(indices, batch_size, seed, step, rank, world):
+    """Which clips a rank reads: yields, for each step from `step` on, a batch of keys (index, epoch), without end.
 
     Position p of the stream is clip p mod n of epoch p div n's own shuffle; step s reads positions s*B to (s+1)*B - 1
     and each rank takes its share of them. So (seed, step) is the whole data position: nothing else need be saved, and
     a run resumed on more or fewer ranks or workers reads on at the very next clip.
     """
+    share = batch_size // world
 
-    def __init__(self, indices, batch_size, seed, step, rank, world):
-        self.indices, self.batch_size, self.seed, self.step = indices, batch_size, seed, step
-        self.rank, self.share = rank, batch_size // world
-        self.shuffle = functools.lru_cache(maxsize=2)(self.shuffle_epoch)
-
-    def shuffle_epoch(self, epoch):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.indices), generator=generator)
-
-    def key(self, position):
-        if self.indices is None:  # an endless data set: every position is a clip of its own
+    def key(position):
+        if indices is None:  # an endless data set: every position is a clip of its own
             return position, 0
-        epoch, place = divmod(position, len(self.indices))
-        return int(self.indices[int(self.shuffle(epoch)[place])]), epoch
+        epoch, place = divmod(position, len(indices))
+        return int(indices[int(shuffled(len(indices), seed, epoch)[place])]), epoch
 
-    def __iter__(self):
-        for step in itertools.count(self.step):
-            first = step * self.batch_size + self.rank * self.share
-            yield [self.key(position) for position in range(first, first + self.share)]
+    while True:
+        first = step * batch_size + rank * share
+        yield [key(position) for position in range(first, first + share)]
+        step += 1
 
 
 def stream(dataset, batch_size, seed=0, step=0, workers=0, rank=0, world=1, indices=None):
@@ -855,26 +820,24 @@ def stream(dataset, batch_size, seed=0, step=0, workers=0, rank=0, world=1, indi
     if indices is None and not getattr(dataset, "endless", False):
         indices = range(len(dataset))
     return iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=BatchKeys(indices, batch_size, seed, step, rank, world), num_workers=workers,
+        dataset, batch_sampler=batch_keys(indices, batch_size, seed, step, rank, world), num_workers=workers,
         pin_memory=torch.cuda.is_available(), worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None))
 
 
 def quiet_worker(_):
     """A loader's worker begins. Ctrl-C, and the SIGTERM of torchrun or a scheduler, reach the workers too, but the main
-    process alone answers them: should a worker end before it has saved, it would end with an error. One thread each:
-    they are many."""
+    process alone answers them, and needs its workers until it has saved: they end at its own SIGTERM only."""
+
+    def end_when_told():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=end_when_told, daemon=True).start()
-    torch.set_num_threads(1)
-
-
-def end_when_told():
-    """Ends a worker at its main process's SIGTERM, but at nobody else's."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    torch.set_num_threads(1)  # the workers are many
 
 
 def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0):
@@ -938,11 +901,10 @@ def load_checkpoint(path, stage):
         raise InputError(f"no {path}: train it first with `python {script[stage]} --run {os.path.dirname(path)}`")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as e:
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{path} holds more than tensors and is not loaded: {reason}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise InputError(f"{path} is damaged or no checkpoint: {str(e).splitlines()[0][:200]}") from None
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        foreign = isinstance(e, pickle.UnpicklingError)
+        what = "holds more than tensors and is not loaded" if foreign else "is damaged or no checkpoint"
+        raise InputError(f"{path} {what}: {' '.join(str(e).split())[:200]}") from None
     if not isinstance(state, dict) or "stage" not in state:
         raise InputError(f"{path} was not written by {script[stage]}")
     if state["stage"] != stage:
@@ -994,7 +956,6 @@ def start(seed):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
-        torch.backends.cudnn.allow_tf32 = True
     elif sys.platform == "linux":
         # Have glibc keep the large blocks that tensors free: giving each back to the kernel and having it zeroed anew
         # costs a fifth of a training step on the CPU.
@@ -1045,14 +1006,8 @@ class StopSignal:
 def run(main):
     """Runs a script's main(): an InputError is printed as one line, with no traceback; so are a full disk, a loader's
     worker that was killed, and the end of another rank."""
-    name, here = os.path.basename(sys.argv[0]), os.path.dirname(os.path.abspath(__file__))
-    usual = warnings.formatwarning
-
-    def brief(message, kind, file, *place):  # our own warnings are for the user: one line, as errors are
-        own = os.path.dirname(os.path.abspath(file)) == here
-        return f"{name}: {message}\n" if own else usual(message, kind, file, *place)
-
-    warnings.formatwarning = brief
+    name = os.path.basename(sys.argv[0])
+    warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"  # one line, as errors are
     try:
         main()
     except InputError as e:
@@ -1078,19 +1033,15 @@ def run(main):
 # Flags, and what the three training loops share
 
 
-class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Every default in --help, but where there is none or the text tells it."""
-
-    def _get_help_string(self, action):
-        none = action.default is None or action.default is False or action.default == ""
-        return action.help if none or "(default" in action.help else super()._get_help_string(action)
-
-
 class Flags(argparse.ArgumentParser):
     """argparse, but a mistake costs one line, a near miss is named, and --help shows every default."""
 
     def __init__(self, text):
-        super().__init__(description=text, allow_abbrev=False, formatter_class=ShowDefaults)
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=text, allow_abbrev=False, formatter_class=formatter)
+
+    def format_help(self):
+        return re.sub(r"\s+\(default:\s+(None|False|)\)", "", super().format_help())  # that is, none
 
     def error(self, message):
         wrong = re.findall(r"(?<=unrecognized arguments: )--[\w-]+", message)

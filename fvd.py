@@ -43,6 +43,8 @@ import data
 from autoencoder import load_weights, read_checkpoint
 from data import BadVideo, InputError
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The Frechet distance
 
@@ -74,11 +76,9 @@ class Statistics:
         return self
 
     def save(self, path):
-        """A .npz, written aside and renamed: it is there whole or not at all."""
-        aside = f"{path}.{os.getpid()}.tmp"
-        with open(aside, "wb") as file:
+        """A .npz, there whole or not at all."""
+        with data.aside(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, mean=self.mean, cov=self.cov, num=self.num, meta=json.dumps(self.meta))
-        os.replace(aside, path)
 
     @classmethod
     def load(cls, path):
@@ -221,10 +221,13 @@ class I3D(nn.Module):
 # Detectors: what each file wants to be fed. All take uint8 (B, L, H, W, 3).
 
 
-def resize_and_crop(video, height, width):
-    """To height x width (bilinear, half-pixel centres, not antialiased), of that the middle: (B, 3, L, 224, 224) in
-    [-1, 1]."""
+def middle_224(video, smallest, largest, rounded):
+    """Brings the short side to between `smallest` and `largest` pixels, the long one in proportion (bilinear,
+    half-pixel centres, not antialiased), and cuts out the middle: (B, 3, L, 224, 224) in [-1, 1]."""
     b, n, h, w, _ = video.shape
+    short = min(h, w)
+    goal = min(max(short, smallest), largest)
+    height, width = (goal if side == short else rounded(side * (goal / short)) for side in (h, w))
     x = video.permute(0, 1, 4, 2, 3).reshape(b * n, 3, h, w).float()  # (B L, 3, H, W)
     x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
     top, left = (height - 224) // 2, (width - 224) // 2
@@ -232,33 +235,13 @@ def resize_and_crop(video, height, width):
     return x.unflatten(0, (b, n)).transpose(1, 2)  # (B, 3, L, 224, 224)
 
 
-def prepare_videogpt(video):
-    """i3d_pretrained_400.pt as VideoGPT, TATS and PVDM feed it: the short side to 224, the long one in proportion
-    (rounded up)."""
-    h, w = video.shape[2:4]
-    height, width = (224 if side == min(h, w) else math.ceil(side * (224 / min(h, w))) for side in (h, w))
-    return resize_and_crop(video, height, width)
-
-
-def prepare_pytorch_i3d(video):
-    """rgb_imagenet.pt: a short side under 226 is brought up to 226 (pytorch-i3d's loader), one over 256 down to 256
-    (how Kinetics was prepared for its training)."""
-    h, w = video.shape[2:4]
-    scale = min(max(min(h, w), 226), 256) / min(h, w)
-    return resize_and_crop(video, round(h * scale), round(w * scale))
-
-
-def prepare_torchscript(video):
-    """i3d_torchscript.pt as StyleGAN-V feeds it: (B, 3, L, H, W), 0..255, any size. Detector's resize=True makes the
-    file squash it to 224x224, rescale=True map it to [-1, 1]."""
-    return video.permute(0, 4, 1, 2, 3).float().contiguous()
-
-
-KINDS = {  # kind: (what the network is fed, batch norm's eps, protocol in words)
-    "torchscript": (prepare_torchscript, None, "StyleGAN-V's TorchScript I3D"),
-    "videogpt": (prepare_videogpt, 1e-5, "I3D as VideoGPT, TATS and PVDM use it"),
-    "pytorch-i3d": (prepare_pytorch_i3d, 1e-3, "I3D of pytorch-i3d"),
-    "random": (prepare_videogpt, 1e-3, "I3D WITH RANDOM WEIGHTS"),
+# pytorch-i3d's own loader brings a short side up to 226; Kinetics was brought down to 256 for its training. The
+# TorchScript file does all this by itself: it squashes to 224x224.
+KINDS = {  # kind: (protocol in words, batch norm's eps, how middle_224 resizes)
+    "torchscript": ("StyleGAN-V's TorchScript I3D", None, None),
+    "videogpt": ("I3D as VideoGPT, TATS and PVDM use it", 1e-5, (224, 224, math.ceil)),
+    "pytorch-i3d": ("I3D of pytorch-i3d", 1e-3, (226, 256, round)),
+    "random": ("I3D WITH RANDOM WEIGHTS", 1e-3, (224, 224, math.ceil)),
 }
 WHERE = (
     "i3d_torchscript.pt is the file StyleGAN-V's metrics name (www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt), "
@@ -268,13 +251,8 @@ WHERE = (
 
 
 def load_torchscript(path):
-    """The module in a TorchScript archive (a zip file with a folder of code), or None if the file is none."""
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as file:
-        if not any(re.match(r"[^/]+/code/", name) for name in file.namelist()):
-            return None
-    with warnings.catch_warnings():
+    """The module in a TorchScript archive, or None if the file is none."""
+    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
         warnings.simplefilter("ignore")  # torch calls TorchScript deprecated; the file is what it is
         return torch.jit.load(path, map_location="cpu").eval()
 
@@ -291,8 +269,12 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, video):
-        x = KINDS[self.kind][0](video.to(self.device))
-        flags = dict(rescale=True, resize=True, return_features=True) if self.kind == "torchscript" else {}
+        video, flags = video.to(self.device), {}
+        if self.kind == "torchscript":
+            x = video.permute(0, 4, 1, 2, 3).float().contiguous()  # (B, 3, L, H, W), 0..255, any size
+            flags = dict(rescale=True, resize=True, return_features=True)
+        else:
+            x = middle_224(video, *KINDS[self.kind][2])
         try:
             return self.network(x, **flags).float().cpu()
         except RuntimeError as error:
@@ -384,9 +366,7 @@ class VideoSet:
         return [self.names[index] for index in np.random.default_rng(self.args.seed).permutation(len(self.names))]
 
     def fingerprint(self):
-        """Changes when any file is changed, added or removed."""
-        if self.path == "shapes":
-            return ["shapes", len(self.names)]
+        """Changes when any file is changed, added or removed; shapes have none."""
         paths = [os.path.join(self.path, name) for name in self.names]
         paths += [os.path.join(path, image) for path in paths if os.path.isdir(path) for image in images(path)]
         files = [(os.path.realpath(path), os.stat(path)) for path in paths if os.path.exists(path)]  # a link may dangle
@@ -414,7 +394,7 @@ def read_frames(folder, frames, size=None, stride=1, rng=None):
     names = images(folder)
     span = (frames - 1) * stride + 1
     if len(names) < span:
-        raise BadVideo(f"too short: has {len(names)} frames, {span} needed")
+        raise BadVideo(data.too_short(len(names), span))
     start = int(rng.integers(len(names) - span + 1)) if rng else 0
     clip = []
     for name in names[start : start + span : stride]:
@@ -423,9 +403,8 @@ def read_frames(folder, frames, size=None, stride=1, rng=None):
                 image = image.convert("RGB")
         except OSError as error:
             raise BadVideo(f"{name}: {error}") from None
-        if size:
-            height, width = size
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)  # covers, then crops the middle
+        if size:  # covers, then crops the middle
+            image = ImageOps.fit(image, tuple(size[::-1]), Image.Resampling.BICUBIC)
         clip.append(np.asarray(image))
     if len({frame.shape for frame in clip}) > 1:
         raise BadVideo("its frames have different sizes")
@@ -443,14 +422,12 @@ def stream(videos, read, compute, args, label):
     by the order alone and rank r takes blocks r, r + world, ...: so every call of the network is the same whatever the
     number of ranks, and every rank yields all rows in the same order. Only rows travel. InputError: no usable video.
     """
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    rank = torch.distributed.get_rank() if world > 1 else 0
     names, step = videos.order(), args.batch_size
     num, done, left_out = min(args.num or len(names), len(names)), 0, []
     blocks = [names[i : i + step] for i in range(0, len(names), step)]
-    blocks += [[]] * (-len(blocks) % world + world)  # all ranks have as many, and an empty one at the end
-    mine = blocks[rank::world]
-    bar = tqdm(total=num, desc=say.prefix + label, unit=" videos", disable=rank > 0)
+    blocks += [[]] * (-len(blocks) % WORLD + WORLD)  # all ranks have as many, and an empty one at the end
+    mine = blocks[RANK::WORLD]
+    bar = tqdm(total=num, desc=say.prefix + label, unit=" videos", disable=RANK > 0)
     with ThreadPoolExecutor(args.workers) as pool, bar:
         coming = [pool.submit(read, name) for name in mine[0]]
         for block, following in zip(mine, mine[1:]):
@@ -462,9 +439,9 @@ def stream(videos, read, compute, args, label):
                     clips.append(future.result())
                 except BadVideo as error:
                     bad.append(f"{name}: {error}")
-            shares = [(compute(clips) if clips else [], bad)]
-            if world > 1:
-                share, shares = shares[0], [None] * world
+            share = compute(clips) if clips else [], bad
+            shares = [share] * WORLD
+            if WORLD > 1:
                 torch.distributed.all_gather_object(shares, share)
             for rows, bad in shares:  # in the order of the blocks
                 if done < num:
@@ -481,14 +458,9 @@ def stream(videos, read, compute, args, label):
         say(f"{label}: {len(left_out)} left out, too short or unreadable (first: {left_out[0]})")
 
 
-def main_rank():
-    """Whether this process is the only one, or rank 0."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
 def say(text, file=None):
     """Prints a line on stderr (or `file`), once for all ranks."""
-    if main_rank():
+    if RANK == 0:
         print(say.prefix + text, file=file or sys.stderr, flush=True)
 
 
@@ -505,7 +477,7 @@ def statistics(videos, label, detector, size, args, cache=None):
         key |= dict(num=args.num, order=videos.order(), videos=videos.fingerprint())
         path = os.path.join(cache, hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".npz")
         found = [os.path.exists(path)]
-        if torch.distributed.is_initialized():  # rank 0 decides: the others may look when it has just written the file
+        if WORLD > 1:  # rank 0 decides: the others may look when it has just written the file
             torch.distributed.broadcast_object_list(found)
         if found[0]:
             stats = Statistics.load(path)
@@ -517,7 +489,7 @@ def statistics(videos, label, detector, size, args, cache=None):
 
     for row in stream(videos, lambda name: videos.read(name, size), features, args, label):
         stats.add([row])
-    if cache and main_rank():
+    if cache and RANK == 0:
         try:
             os.makedirs(cache, exist_ok=True)
             stats.save(path)
@@ -541,7 +513,7 @@ def report(real, fake):
     meta = fake.meta
     height, width = meta["size"]
     say(f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake videos | {meta['frames']} frames, "
-        f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']} | {KINDS[meta['kind']][2]}, {meta['file']}: "
+        f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']} | {KINDS[meta['kind']][0]}, {meta['file']}: "
         f"{features} numbers before the softmax; one random clip of each video; covariance over N", sys.stdout)
 
 
@@ -573,15 +545,14 @@ def psnr_ssim(real, fake):
 
 def compare(real, fake, args):
     """Prints PSNR and SSIM of the videos whose names, without the ending, are in both sets, and leaves only those."""
-    found = [{stem(name): name for name in videos.names} for videos in (real, fake)]
-    common = sorted(found[0].keys() & found[1].keys(), key=natural)
-    if not common:
+    twins = {stem(name): name for name in fake.names}
+    real.names = [name for name in real.names if stem(name) in twins]
+    fake.names = [twins[stem(name)] for name in real.names]
+    if not real.names:
         raise InputError(f"--paired: no file in {fake.path} has the name of one in {real.path}")
-    real.names, fake.names = ([names[name] for name in common] for names in found)
-    partner = dict(zip(real.names, fake.names))
 
     def score(name):
-        x, y = real.read(name, args.size), fake.read(partner[name], args.size)
+        x, y = real.read(name, args.size), fake.read(twins[stem(name)], args.size)
         if x.shape != y.shape:
             raise BadVideo(f"{x.shape[1:3]} against {y.shape[1:3]} pixels: --size brings both to one")
         return psnr_ssim(x, y)
@@ -634,7 +605,7 @@ def clipsim(videos, args, device):
 
     prompts = find_prompts(videos, args.prompts)
     try:
-        table = open(args.csv, "w", newline="", encoding="utf-8") if args.csv and main_rank() else None
+        table = open(args.csv, "w", newline="", encoding="utf-8") if args.csv and RANK == 0 else None
     except OSError as error:
         raise InputError(f"cannot write --csv {args.csv}: {error.strerror}") from None
 
@@ -679,30 +650,29 @@ def flags():
     parser.add_argument("real", metavar="REAL", help="folder of videos (any depth) or of folders of frames; a .npz of "
                         "stored statistics; or the word shapes, the embedded test set")
     parser.add_argument("fake", metavar="FAKE", nargs="?", help="the same; --clipsim takes one folder alone")
-    protocol = parser.add_argument_group("protocol")
-    protocol.add_argument("--num", type=positive, help="videos of each set, chosen at random (default: all)")
-    protocol.add_argument("--frames", type=positive, default=16, help="L, frames a clip")
-    protocol.add_argument("--size", type=positive, nargs="+", help="pixels: one number, or height and width; resized "
-                          "to cover them, middle cropped (default: the size of FAKE's first video)")
-    protocol.add_argument("--stride", type=positive, default=1, help="take every n-th frame of the video")
-    protocol.add_argument("--seed", type=int, default=0, help="of the random clips and choice, and of shapes")
-    protocol.add_argument("--split", help="UCF-101 list of the videos of REAL to use, such as trainlist01.txt")
-    fvd = parser.add_argument_group("FVD")
-    fvd.add_argument("--i3d", metavar="FILE", help="i3d_torchscript.pt (a program: only from a source you trust), "
-                     "i3d_pretrained_400.pt or rgb_imagenet.pt; 'random' to try the script out")
-    fvd.add_argument("--i3d-kind", choices=["videogpt", "pytorch-i3d"], help="whose weights they are, and so how they "
-                     "are fed (default: as the file tells)")
-    fvd.add_argument("--cache", metavar="DIR", default="~/.cache/cmd-fvd", help="keeps REAL's statistics ('': nowhere)")
-    other = parser.add_argument_group("other scores")
-    other.add_argument("--paired", action="store_true", help="PSNR and SSIM of files of one name in REAL and FAKE")
-    other.add_argument("--clipsim", action="store_true", help="similarity of FAKE's frames with their prompts")
-    other.add_argument("--clip", metavar="FILE", default="ViT-B-32.pt", help="OpenAI's CLIP file, or its state dict")
-    other.add_argument("--prompts", metavar="FILE", help="one prompt a line for the videos in the order of their names "
-                       "(default: sample.py's captions.txt in the folder)")
-    other.add_argument("--csv", metavar="FILE", help="where CLIPSIM of each prompt goes (default: nowhere)")
-    speed = parser.add_argument_group("speed")
-    speed.add_argument("--batch-size", type=positive, default=4, help="videos at once on each rank")
-    speed.add_argument("--workers", type=positive, default=4, help="threads that read videos on each rank")
+    add = parser.add_argument_group("protocol").add_argument
+    add("--num", type=positive, help="videos of each set, chosen at random (default: all)")
+    add("--frames", type=positive, default=16, help="L, frames a clip")
+    add("--size", type=positive, nargs="+", help="pixels: one number, or height and width; resized to cover them, "
+        "middle cropped (default: the size of FAKE's first video)")
+    add("--stride", type=positive, default=1, help="take every n-th frame of the video")
+    add("--seed", type=int, default=0, help="of the random clips and choice, and of shapes")
+    add("--split", help="UCF-101 list of the videos of REAL to use, such as trainlist01.txt")
+    add = parser.add_argument_group("FVD").add_argument
+    add("--i3d", metavar="FILE", help="i3d_torchscript.pt (a program: only from a source you trust), "
+        "i3d_pretrained_400.pt or rgb_imagenet.pt; 'random' to try the script out")
+    add("--i3d-kind", choices=["videogpt", "pytorch-i3d"], help="how the weights are fed (default: as the file tells)")
+    add("--cache", metavar="DIR", default="~/.cache/cmd-fvd", help="keeps REAL's statistics ('': nowhere)")
+    add = parser.add_argument_group("other scores").add_argument
+    add("--paired", action="store_true", help="PSNR and SSIM of files of one name in REAL and FAKE")
+    add("--clipsim", action="store_true", help="similarity of FAKE's frames with their prompts")
+    add("--clip", metavar="FILE", default="ViT-B-32.pt", help="OpenAI's CLIP file, or its state dict")
+    add("--prompts", metavar="FILE", help="a prompt a line, in the order of the videos' names (default: the folder's "
+        "captions.txt, as sample.py writes it)")
+    add("--csv", metavar="FILE", help="where CLIPSIM of each prompt goes (default: nowhere)")
+    add = parser.add_argument_group("speed").add_argument
+    add("--batch-size", type=positive, default=4, help="videos at once on each rank")
+    add("--workers", type=positive, default=4, help="threads that read videos on each rank")
     return parser
 
 

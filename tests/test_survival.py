@@ -26,7 +26,7 @@ import torch
 from conftest import ROOT
 
 import data
-from data import BatchKeys, EncodedClips, InputError, load_checkpoint, save_checkpoint, write_shard
+from data import EncodedClips, InputError, batch_keys, load_checkpoint, save_checkpoint, write_shard
 
 COMMON = "--batch-size 4 --save-every 2 --log-every 3 --preview-every 1000 --lr 1e-3 --decay-steps 0"
 SCRIPTS = {
@@ -493,7 +493,7 @@ def test_two_nodes_train_together(processes, copy):
 
 def test_the_order_of_the_clips_does_not_depend_on_ranks_nor_on_where_the_run_was_broken_off():
     def read_keys(step, steps, world):
-        iterators = [iter(BatchKeys(range(100, 110), 12, 5, step, rank, world)) for rank in range(world)]
+        iterators = [batch_keys(range(100, 110), 12, 5, step, rank, world) for rank in range(world)]
         return [key for _ in range(steps) for keys in iterators for key in next(keys)]
 
     whole = read_keys(0, 10, 1)
@@ -553,7 +553,7 @@ def poison(run, clips):
 @pytest.mark.parametrize("stage, ranks", [("content", 1), ("motion", 1), ("motion", 2)])
 def test_a_nan_loss_is_skipped_and_counted_and_leaves_weights_and_optimiser_untouched(processes, copy, stage, ranks):
     before, after = copy("before", "autoencoder"), copy("after", "autoencoder")
-    keys = iter(BatchKeys(range(24), 4, 0, 0, 0, 1))
+    keys = batch_keys(range(24), 4, 0, 0, 0, 1)
     clip = [next(keys) for _ in range(4)][3][1][0]  # a clip of the fourth step, on the first rank
     for run in (before, after):
         poison(run, [clip])
