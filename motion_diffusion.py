@@ -117,25 +117,20 @@ class MotionDiT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets and flags
 
+PAPER = dict(  # table 6
+    patch=2, predict="eps", schedule="linear", lr=1e-4, batch_size=256, decay_steps=0, ema=0.999, drop=0.1,
+    save_every=2000, preview_every=2000, log_every=50, workers=8,
+)
 PRESETS = {
     # Against the paper: what stage 2 changes, for the same reasons.
     "shapes": dict(
         model="mini", patch=2, content_patch=8, predict="x", schedule="cosine", lr=2e-3, batch_size=16, steps=2000,
         decay_steps=2000, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
-    # Table 6. 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M, at batch 256.
-    "ucf101": dict(
-        model="L", patch=2, content_patch=4, predict="eps", schedule="linear", lr=1e-4, batch_size=256, steps=111_762,
-        decay_steps=0, ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
-    "webvid_sd15": dict(
-        model="XL", patch=2, content_patch=4, predict="eps", schedule="linear", lr=1e-4, batch_size=256, steps=125_391,
-        decay_steps=0, ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
-    "webvid_sd21": dict(
-        model="XL", patch=2, content_patch=8, predict="eps", schedule="linear", lr=1e-4, batch_size=256, steps=125_391,
-        decay_steps=0, ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
+    # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
+    "ucf101": dict(PAPER, model="L", content_patch=4, steps=111_762),
+    "webvid_sd15": dict(PAPER, model="XL", content_patch=4, steps=125_391),
+    "webvid_sd21": dict(PAPER, model="XL", content_patch=8, steps=125_391),
 }
 
 
