@@ -778,7 +778,7 @@ def evaluate(model, image, dataset, indices, picture):
         again = to_pixels(model.decode(content, motion), image)
         ours.append(psnr(again, video))
         mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
-        if len(rows) < 8:
+        if len(rows) < 8:  # every fourth frame
             still = to_pixels(content[:, :, None], image)
             rows.append(torch.cat([video[0, :, ::4], still[0], again[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
     write_sheet(picture, rows, columns=1, frames=rows[0].shape[1])
@@ -852,7 +852,7 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
     if world > 1:
         torch.distributed.barrier()
 
-    # Batches in the order of the shards, none across two of them.
+    # Batches in the order of the shards, none across two of them, none larger than training's, which fit.
     size = max(1, min(args.batch_size // world, 32))
     todo = {number: [shards[number][i : i + size] for i in range(0, len(shards[number]), size)]
             for number in range(rank, len(shards), world) if not os.path.isdir(paths[number])}
@@ -922,7 +922,9 @@ def main():
     size = pair(args.size)
 
     # Model
-    image_state = saved["image_autoencoder"] if saved else args.sd and half(load_image_autoencoder(args.sd))
+    image_state = saved and saved["image_autoencoder"]
+    if args.sd and not saved:
+        image_state = half(load_image_autoencoder(args.sd))
     image = image_state and open_image_autoencoder(image_state, device)
     config = dict(channels=args.channels, frames=args.frames, size=[n // 8 for n in size] if image else list(size),
                   patch=args.patch, width=args.width, motion_channels=args.motion_channels, depth=args.depth,
@@ -934,7 +936,7 @@ def main():
     lpips = load_lpips(*args.lpips).to(device) if args.lpips else None
     weights = list(model.parameters())
     optimizer = torch.optim.Adam(weights, lr=args.lr, betas=args.betas, fused=True)
-    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)
+    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)  # skipped steps: in a row, and in all
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -969,11 +971,11 @@ def main():
     since, clock = first, time.perf_counter()
     for step in bar:
         # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
-        # so a resumed run, or one on more ranks, sees the same noise.
+        # so a resumed run, or one on more ranks, sees the same noise. Seeds are about a million steps apart.
         video = to_frames(next(batches)["video"].to(device, non_blocking=True), image)
         generator.manual_seed(args.seed * 1_000_003 + step)
         noise = args.noise * torch.randn(args.batch_size, *model.motion_shape, generator=generator, device=device)[mine]
-        one = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]
+        one = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]  # for LPIPS
 
         optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
         for part in parts:

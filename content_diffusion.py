@@ -98,7 +98,7 @@ class Diffusion:
         signal, noise = self.scales(t, x)
         output = model(signal * x + noise * eps, t).float()
         if self.predict == "x":
-            # An error in x is one of 1 / noise times its size in v. That weight is bounded by 1 / 0.5, or the smallest
+            # The loss of v, in which an error of x counts 1 / noise times. At most 1 / 0.5 times here, or the smallest
             # noise, under which only fine detail is left to mend, would outweigh all that the eye sees first.
             return ((output - x) / noise.clamp_min(0.5)).square().mean()
         target = eps if self.predict == "eps" else signal * eps - noise * x
@@ -142,7 +142,7 @@ def modulate(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    """t (B,) in 0..999 -> (B, width)."""
+    """t (B,) in 0..999 -> (B, width), from DiT's 256 sines and cosines."""
 
     def __init__(self, width):
         super().__init__()
@@ -578,7 +578,7 @@ def from_openclip(tensors):
 
 
 def build_text_encoder(tensors, path):
-    """The frozen TextEncoder in a file's tensors, in Hugging Face's names or OpenCLIP's. `path` opens the InputErrors."""
+    """The frozen TextEncoder in a file's tensors, named as Hugging Face or OpenCLIP do. `path` opens the InputError."""
     table = next((name for name in tensors if name.endswith("token_embedding.weight")), None)
     if table is None:
         raise InputError(f"{path}: this file has no text encoder; {describe(tensors)}")
@@ -610,11 +610,11 @@ def noise_agreement(unet, encoder):
 
 
 def load_stable_diffusion(path):
-    """Reads a full Stable Diffusion 1.5 or 2.1-base file (.safetensors, .ckpt) -> UNet, TextEncoder (frozen).
+    """A full Stable Diffusion 1.5 or 2.1-base file (.safetensors, .ckpt) -> UNet, TextEncoder (frozen), float32, CPU.
 
-    In float32, on the CPU. The version is told by the shapes; the plain weights are taken, never 'model_ema.'. Shapes
-    cannot tell the 768 model of 2.1, which predicts v: where the answer at t = 999 is not the noise, a file that says
-    so too (hyper-parameters, metadata, a 'v_pred' tensor, its name) is refused, another warned of. Raises InputError.
+    Shapes tell the version, but not the 768 model of 2.1, which predicts v: where the answer at t = 999 is not the
+    noise, a file that says so too (hyper-parameters, metadata, a 'v_pred' tensor, its name) is refused, another warned
+    of. Raises InputError.
     """
     hints = {}
     tensors = read_checkpoint(path, hints)
@@ -634,8 +634,8 @@ def load_stable_diffusion(path):
 
 
 def load_text_encoder(path):
-    """Reads a frozen TextEncoder from a full Stable Diffusion file, a Hugging Face CLIP text file (CLIP ViT-L/14) or an
-    OpenCLIP file (ViT-H/14, whose picture half is ignored). Raises InputError."""
+    """The frozen TextEncoder of a full Stable Diffusion file, or of a file of CLIP ViT-L/14 (Hugging Face's names) or
+    OpenCLIP ViT-H/14, whose picture half is ignored. Raises InputError."""
     return build_text_encoder(read_checkpoint(path), path)
 
 
@@ -661,21 +661,18 @@ def load_dit(path, dit):
         notes.append(f"positions: computed for {dit.grid[0]}x{dit.grid[1]} patches instead of {side}x{side}")
 
     # The rows of the last layer are (p, q, channel), and a file that learned sigma has twice the channels.
-    heads = {kind: tensors[last + kind].float().unflatten(0, (patch, patch, -1)) for kind in ("weight", "bias")}
-    if heads["bias"].shape[2] == 2 * channels:
-        heads = {kind: tensor[:, :, :channels] for kind, tensor in heads.items()}
+    rows = torch.cat([tensors[last + "weight"], tensors[last + "bias"][:, None]], 1).float()  # the bias as a column
+    rows = rearrange(rows, "(p q c) w -> c w p q", p=patch, q=patch)
+    if len(rows) == 2 * channels:
+        rows = rows[:channels]
         notes.append(f"output: the {channels} channels of sigma left out")
     if patch != dit.patch and channels == dit.channels:
-        def resize(tensor):  # (..., patch, patch) -> (..., dit.patch, dit.patch)
-            return F.interpolate(tensor, size=(dit.patch, dit.patch), mode="bilinear", antialias=True)
-
         # A patch of one colour must give the same token, so the kernel keeps its sum; each pixel keeps its output.
-        tensors[kernel] = resize(tensors[kernel].float()) * (patch / dit.patch) ** 2
-        for kind, tensor in heads.items():
-            resized = resize(tensor.flatten(2).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
-            heads[kind] = resized.unflatten(2, tensor.shape[2:])
+        resize = functools.partial(F.interpolate, size=(dit.patch, dit.patch), mode="bilinear", antialias=True)
+        tensors[kernel], rows = resize(tensors[kernel].float()) * (patch / dit.patch) ** 2, resize(rows)
         notes.append(f"patch: {dit.patch} instead of {patch}; the patch embedding and last layer are resized")
-    tensors |= {last + kind: tensor.flatten(0, 2) for kind, tensor in heads.items()}
+    rows = rearrange(rows, "c w p q -> (p q c) w")
+    tensors |= {last + "weight": rows[:, :-1], last + "bias": rows[:, -1]}
     if channels != dit.channels:  # latents and pixels, or other latents: no channel means the same
         notes.append(f"channels: {dit.channels} instead of {channels}; the patch embedding and last layer start fresh")
         tensors |= {name: own[name] for name in own if name.startswith(("x_embedder.", last))}
@@ -807,7 +804,7 @@ def main():
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
-    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)
+    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)  # skipped steps: in a row, and in all
     if saved:  # the model above has the averages
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -845,7 +842,7 @@ def main():
     since, clock = first, time.perf_counter()
     for step in bar:
         # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
-        # so a resumed run, or one on more ranks, sees the same noise.
+        # so a resumed run, or one on more ranks, sees the same noise. Seeds are about a million steps apart.
         batch = next(batches)
         content = batch["content"].to(device, non_blocking=True)
         generator.manual_seed(args.seed * 1_000_003 + step)

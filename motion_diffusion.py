@@ -210,7 +210,7 @@ def main():
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
-    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)
+    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)  # skipped steps: in a row, and in all
     if saved:  # the model above has the averages
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -247,7 +247,7 @@ def main():
     since, clock = first, time.perf_counter()
     for step in bar:
         # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
-        # so a resumed run, or one on more ranks, sees the same noise.
+        # so a resumed run, or one on more ranks, sees the same noise. Seeds are about a million steps apart.
         batch = next(batches)
         content = batch["content"].to(device, non_blocking=True)
         motion = (batch["motion"].to(device, non_blocking=True) - motion_mean) / motion_std
