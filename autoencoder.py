@@ -368,6 +368,34 @@ def load_image_autoencoder(path):
     return build_image_autoencoder(own, f"{path}: the image autoencoder")
 
 
+def half(module):
+    """A frozen module's weights as the run folder keeps them."""
+    return {name: tensor.half() for name, tensor in module.state_dict().items()}
+
+
+def open_image_autoencoder(tensors, device):
+    """The frozen ImageAutoencoder with a run's weights, in half precision on a GPU."""
+    image = build_image_autoencoder(tensors, "the run's image autoencoder")
+    return image.to(device, torch.float16 if device.type == "cuda" else torch.float32,
+                    memory_format=torch.channels_last)
+
+
+def to_frames(video, image):
+    """What stage 1 calls frames: pixels, or with `image` their latents. (B, 3, L, H, W) -> (B, 4, L, H/8, W/8)"""
+    if image is None:
+        return video
+    latents = image.encode(rearrange(video, "b c l h w -> (b l) c h w"))
+    return rearrange(latents, "(b l) c h w -> b c l h w", b=len(video))
+
+
+def to_pixels(video, image):
+    """The way back, (B, C, L, h, w) -> (B, 3, L, H, W) in [-1, 1]; content frames are clips of one frame."""
+    if image is not None:
+        pixels = image.decode(rearrange(video, "b c l h w -> (b l) c h w"))
+        video = rearrange(pixels, "(b l) c h w -> b c l h w", b=len(video))
+    return video.float().clamp(-1, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
@@ -722,71 +750,6 @@ def training_flags(parser):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From clips to frames and back
-
-
-def load_autoencoder(run_folder, device):
-    """(Autoencoder, ImageAutoencoder or None where frames are pixels, checkpoint) of a run folder, ready for use."""
-    state = load_checkpoint(os.path.join(run_folder, "autoencoder.pt"), "autoencoder")
-    model = Autoencoder(**state["config"])
-    model.load_state_dict(state["model"])
-    image = state["image_autoencoder"] and open_image_autoencoder(state["image_autoencoder"], device)
-    return model.requires_grad_(False).eval().to(device), image, state
-
-
-def half(module):
-    """A frozen module's weights as the run folder keeps them."""
-    return {name: tensor.half() for name, tensor in module.state_dict().items()}
-
-
-def open_image_autoencoder(tensors, device):
-    """The frozen ImageAutoencoder with a run's weights, in half precision on a GPU."""
-    image = build_image_autoencoder(tensors, "the run's image autoencoder")
-    return image.to(device, torch.float16 if device.type == "cuda" else torch.float32,
-                    memory_format=torch.channels_last)
-
-
-def to_frames(video, image):
-    """What stage 1 calls frames: pixels, or with `image` their latents. (B, 3, L, H, W) -> (B, 4, L, H/8, W/8)"""
-    if image is None:
-        return video
-    latents = image.encode(rearrange(video, "b c l h w -> (b l) c h w"))
-    return rearrange(latents, "(b l) c h w -> b c l h w", b=len(video))
-
-
-def to_pixels(video, image):
-    """The way back, (B, C, L, h, w) -> (B, 3, L, H, W) in [-1, 1]; content frames are clips of one frame."""
-    if image is not None:
-        pixels = image.decode(rearrange(video, "b c l h w -> (b l) c h w"))
-        video = rearrange(pixels, "(b l) c h w -> b c l h w", b=len(video))
-    return video.float().clamp(-1, 1)
-
-
-def psnr(a, b):
-    """Mean over clips of the PSNR in dB, for values in [-1, 1]."""
-    return (10 * torch.log10(4 / (a - b).float().square().flatten(1).mean(1).clamp_min(1e-12))).mean().item()
-
-
-@torch.no_grad()
-def evaluate(model, image, dataset, indices, picture):
-    """PSNR in dB of the reconstruction and of repeating the mean frame; writes input, content, reconstruction."""
-    model.eval()
-    ours, mean, rows = [], [], []
-    for index in indices:
-        video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
-        content, motion = model.encode(to_frames(video, image))
-        again = to_pixels(model.decode(content, motion), image)
-        ours.append(psnr(again, video))
-        mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
-        if len(rows) < 8:  # every fourth frame
-            still = to_pixels(content[:, :, None], image)
-            rows.append(torch.cat([video[0, :, ::4], still[0], again[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
-    write_sheet(picture, rows, columns=1, frames=rows[0].shape[1])
-    model.train()
-    return float(np.mean(ours)), float(np.mean(mean))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Encoding the data set
 
 
@@ -911,6 +874,39 @@ def check_flags(args, resuming):
     if any(n % (8 * args.patch) for n in args.size):
         raise InputError(f"--size {' '.join(map(str, args.size))}: height and width must be multiples of "
                          f"{8 * args.patch}, the image autoencoder's 8 times the patch")
+
+
+def load_autoencoder(run_folder, device):
+    """(Autoencoder, ImageAutoencoder or None where frames are pixels, checkpoint) of a run folder, ready for use."""
+    state = load_checkpoint(os.path.join(run_folder, "autoencoder.pt"), "autoencoder")
+    model = Autoencoder(**state["config"])
+    model.load_state_dict(state["model"])
+    image = state["image_autoencoder"] and open_image_autoencoder(state["image_autoencoder"], device)
+    return model.requires_grad_(False).eval().to(device), image, state
+
+
+def psnr(a, b):
+    """Mean over clips of the PSNR in dB, for values in [-1, 1]."""
+    return (10 * torch.log10(4 / (a - b).float().square().flatten(1).mean(1).clamp_min(1e-12))).mean().item()
+
+
+@torch.no_grad()
+def evaluate(model, image, dataset, indices, picture):
+    """PSNR in dB of the reconstruction and of repeating the mean frame; writes input, content, reconstruction."""
+    model.eval()
+    ours, mean, rows = [], [], []
+    for index in indices:
+        video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
+        content, motion = model.encode(to_frames(video, image))
+        again = to_pixels(model.decode(content, motion), image)
+        ours.append(psnr(again, video))
+        mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
+        if len(rows) < 8:  # every fourth frame
+            still = to_pixels(content[:, :, None], image)
+            rows.append(torch.cat([video[0, :, ::4], still[0], again[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
+    write_sheet(picture, rows, columns=1, frames=rows[0].shape[1])
+    model.train()
+    return float(np.mean(ours)), float(np.mean(mean))
 
 
 def main():
