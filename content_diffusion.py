@@ -427,8 +427,8 @@ class UNet(nn.Module):
         for layer in layers:
             if isinstance(layer, (ResBlock, SpatialTransformer)):
                 c = time if isinstance(layer, ResBlock) else context
-                again = self.checkpointing and self.training
-                x = checkpoint(layer, x, c, use_reentrant=False) if again else layer(x, c)
+                recompute = self.checkpointing and self.training
+                x = checkpoint(layer, x, c, use_reentrant=False) if recompute else layer(x, c)
             elif isinstance(layer, nn.Conv2d):
                 x = layer(x)
             elif "op" in layer:
@@ -532,7 +532,7 @@ class TextEncoder(nn.Module):
 
 
 def build_unet(tensors, path):
-    """The UNet in a Stable Diffusion file's tensors, whose shapes tell its sizes. `path` opens the InputErrors."""
+    """The UNet in a Stable Diffusion file's tensors, whose shapes tell its sizes. `path` opens the InputError."""
     own = with_prefix(tensors, "model.diffusion_model.") or tensors  # a run's own has no prefix
     first, keys = (own.get(f"input_blocks.{name}.weight") for name in ("0.0", "1.1.transformer_blocks.0.attn2.to_k"))
     if first is None or keys is None or any(name.startswith("label_emb.") for name in own):
@@ -719,7 +719,8 @@ def shared_flags(text, presets, model):
     add("--schedule", choices=["linear", "scaled_linear", "cosine"],
         help="betas: DiT's, Stable Diffusion's, or the cosine's")
     add("--drop", type=float, help="how often the label or prompt is dropped, for guidance")
-    training_flags(parser)("--ema", type=float, help="decay of the weights' moving average")
+    add = training_flags(parser)
+    add("--ema", type=float, help="decay of the weights' moving average")
     return parser, group
 
 
