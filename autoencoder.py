@@ -163,6 +163,8 @@ class Autoencoder(nn.Module):
         self.channels, self.frames, self.size, self.patch = channels, frames, (height, wide), patch
         self.content, self.smooth, self.squash = content, smooth, squash
         self.grid = (height // patch, wide // patch)  # (H', W')
+        self.content_shape = (channels, height, wide)
+        self.motion_shape = (motion_channels, frames, sum(self.grid))
         pixels = channels * patch**2  # of one patch
         # Linear layers on patches: the same sums as convolutions, plain or transposed, of kernel = stride = patch.
         self.embed = nn.Linear(pixels, width)
@@ -181,12 +183,10 @@ class Autoencoder(nn.Module):
         self.register_buffer("motion_std", torch.ones(motion_channels, 1, 1))
 
     def patches(self, frames):
-        p = self.patch
-        return rearrange(frames, "... c (h p) (w q) -> ... h w (c p q)", p=p, q=p)
+        return rearrange(frames, "... c (h p) (w q) -> ... h w (c p q)", p=self.patch, q=self.patch)
 
     def unpatches(self, tokens):
-        p = self.patch
-        return rearrange(tokens, "b l h w (c p q) -> b c l (h p) (w q)", p=p, q=p)
+        return rearrange(tokens, "b l h w (c p q) -> b c l (h p) (w q)", p=self.patch, q=self.patch)
 
     def encode(self, video):
         """video (B, C, L, H, W) -> content (B, C, H, W) within the frames' range, motion (B, D, L, H'+W') in [-1, 1]"""
@@ -194,9 +194,8 @@ class Autoencoder(nn.Module):
             raise InputError(f"this autoencoder takes clips of (channels, frames, height, width) "
                              f"{(self.channels, self.frames, *self.size)}, not {tuple(video.shape[1:])}")
         u = self.encoder(self.embed(self.patches(video.transpose(1, 2))))  # (B, L, H', W', C')
-        # Equation 4: the mean over columns leaves z_x (one row axis), the mean over rows z_y.
-        z_x = self.to_rows(u.mean(3))  # (B, L, H', D)
-        z_y = self.to_columns(u.mean(2))  # (B, L, W', D)
+        z_x = self.to_rows(u.mean(3))  # equation 4, the mean over columns: (B, L, H', D)
+        z_y = self.to_columns(u.mean(2))  # and over rows: (B, L, W', D)
         motion = torch.cat([z_x, z_y], 2).tanh()  # (B, L, H'+W', D)
         return self.content_frame(video, u), motion.permute(0, 3, 1, 2)
 
@@ -208,8 +207,8 @@ class Autoencoder(nn.Module):
             return video.mean(2)
         logits = self.to_logits(u)
         if self.smooth:
-            logits = rearrange(logits, "b l h w c -> (b l) c h w")
-            logits = F.interpolate(logits.float(), self.size, mode="bilinear")
+            logits = rearrange(logits.float(), "b l h w c -> (b l) c h w")
+            logits = F.interpolate(logits, self.size, mode="bilinear")
             logits = rearrange(logits, "(b l) c h w -> b c l h w", l=self.frames)
         else:
             logits = self.unpatches(logits)
@@ -356,10 +355,7 @@ def build_image_autoencoder(tensors, what):
 
 
 def load_image_autoencoder(path):
-    """Reads an ImageAutoencoder (float32, frozen, on the CPU) from a full Stable Diffusion file or a bare one.
-
-    Raises InputError.
-    """
+    """The ImageAutoencoder (float32, frozen, on the CPU) of a full Stable Diffusion file or its own. Or InputError."""
     tensors = read_checkpoint(path)
     tensors = with_prefix(tensors, "first_stage_model.") or tensors
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # leaves 'loss.' and 'model_ema.' out
@@ -370,6 +366,34 @@ def load_image_autoencoder(path):
         if ".attn_1." in name and tensor.ndim == 2:  # newer files store these 1x1 convolutions as linear layers
             own[name] = tensor[:, :, None, None]
     return build_image_autoencoder(own, f"{path}: the image autoencoder")
+
+
+def half(module):
+    """A frozen module's weights as the run folder keeps them."""
+    return {name: tensor.half() for name, tensor in module.state_dict().items()}
+
+
+def open_image_autoencoder(tensors, device):
+    """The frozen ImageAutoencoder with a run's weights, in half precision on a GPU."""
+    image = build_image_autoencoder(tensors, "the run's image autoencoder")
+    return image.to(device, torch.float16 if device.type == "cuda" else torch.float32,
+                    memory_format=torch.channels_last)
+
+
+def to_frames(video, image):
+    """What stage 1 calls frames: pixels, or with `image` their latents. (B, 3, L, H, W) -> (B, 4, L, H/8, W/8)"""
+    if image is None:
+        return video
+    latents = image.encode(rearrange(video, "b c l h w -> (b l) c h w"))
+    return rearrange(latents, "(b l) c h w -> b c l h w", b=len(video))
+
+
+def to_pixels(video, image):
+    """The way back, (B, C, L, h, w) -> (B, 3, L, H, W) in [-1, 1]; content frames are clips of one frame."""
+    if image is not None:
+        pixels = image.decode(rearrange(video, "b c l h w -> (b l) c h w"))
+        video = rearrange(pixels, "(b l) c h w -> b c l h w", b=len(video))
+    return video.float().clamp(-1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,11 +409,9 @@ class LPIPS(nn.Module):
     def __init__(self):
         super().__init__()
         layers, inputs = [], 3
-        for stage, (width, convolutions) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
-            layers += [nn.MaxPool2d(2)] if stage else []
-            for _ in range(convolutions):
-                layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
-                inputs = width
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):  # 0: halve the size
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
+            inputs = width or inputs
         self.features = nn.Sequential(*layers)  # numbered as in torchvision's VGG16
         self.lin = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in (64, 128, 256, 512, 512))
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
@@ -401,9 +423,9 @@ class LPIPS(nn.Module):
         x = (x - self.mean) / self.deviation
         for i, layer in enumerate(self.features):
             x = layer(x)
-            if i in (3, 8, 15, 22, 29):
-                y = x.float()  # the small number keeps the gradient finite where all channels are 0, in half too
-                yield y / (y.square().sum(1, keepdim=True) + 1e-20).sqrt()
+            if i in (3, 8, 15, 22, 29):  # the last ReLU before each halving, and the last of all
+                y = x.float()
+                yield y / (y.square().sum(1, keepdim=True) + 1e-20).sqrt()  # 1e-20: a finite gradient at 0
 
     def forward(self, images, others):
         if min(images.shape[2:]) < 16:
@@ -443,7 +465,6 @@ def reconstruction_loss(again, video, kind, lpips=None, one=None):
 # torch.load would not do: weights_only=True refuses Stable Diffusion's .ckpt, which has Lightning's objects beside the
 # weights, and with an unpickler of ours it still runs TorchScript and writes the patch files of its old source check.
 
-
 # What no file of weights needs: one that names it is refused aloud, though nothing that a file names is ever called.
 ATTACKS = set("os posix nt subprocess sys runpy importlib shutil socket pickle _pickle ctypes pty".split())
 STORAGES = dict(Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16,
@@ -454,16 +475,13 @@ STORAGES = dict(Double=torch.float64, Float=torch.float32, Half=torch.float16, B
 class Inert(dict):
     """Stands for an object of any class in a pickle: takes every call, keeps dictionary items, does nothing else."""
 
-    def __init__(self, *args, **kwargs):
+    def ignore(self, *args, **kwargs):
         pass
 
     def __call__(self, *args, **kwargs):
         return self
 
-    def ignore(self, *args):
-        pass
-
-    __setstate__ = append = extend = add = ignore
+    __init__ = __setstate__ = append = extend = add = ignore
     __hash__, __eq__ = object.__hash__, object.__eq__  # Lightning uses classes' instances as keys
 
 
@@ -584,13 +602,13 @@ def find_hints(tree, prefix=""):
 
 
 def read_checkpoint(path, hints=None):
-    """Reads raw weights: .safetensors, or PyTorch's .ckpt / .pt / .pth in its zip or old format, told apart by content.
+    """Raw weights: .safetensors, or PyTorch's .ckpt / .pt / .pth in its zip or old format, told apart by content.
 
-    Returns {name: tensor} on the CPU, in the file's own dtype; most tensors are views of the mapped file, so copy what
-    you keep. Levels such as 'state_dict', 'ema' (before 'model') and 'model' are taken off. Nothing in the file is ever
-    run or imported: objects of other classes (Lightning, optimizers) are read as inert and dropped. `hints`, a
-    dictionary, receives the strings beside the tensors: a safetensors file's metadata, a pickle's hyper-parameters.
-    Raises InputError for anything else than weights, a damaged file, and one that tries to run code.
+    Returns {name: tensor} on the CPU, in the file's dtype; most are views of the mapped file, so copy what you keep.
+    Nothing in the file is ever run or imported: what is no tensor (Lightning's objects, optimizers) is dropped, and so
+    are the levels around the tensors ('state_dict', 'ema' before 'model' and the like). `hints`, a dictionary, receives
+    the strings beside them: a safetensors file's metadata, a pickle's hyper-parameters. Raises InputError for anything
+    else than weights, a damaged file, and one that tries to run code.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -622,13 +640,11 @@ def with_prefix(tensors, prefix):
 def describe(tensors):
     """What a file seems to be, from its tensors' names: for the error when it is not what was asked for."""
     kinds = {"lora_": "a LoRA, which is a change to a model and not a model", "control": "a ControlNet",
-             "conditioner.embedders.": "SDXL", "label_emb.": "SDXL (or another U-Net with extra conditions)",
-             "joint_blocks.": "SD 3", "double_blocks.": "Flux",
+             "conditioner.embedders.": "SDXL", "label_emb.": "SDXL", "joint_blocks.": "SD 3", "double_blocks.": "Flux",
              "down_blocks.": "in diffusers' format; the single original file is needed",
-             "transformer_blocks.": "a Stable Diffusion U-Net", "y_embedder.": "a DiT",
-             "encoder.down.": "Stable Diffusion's image autoencoder", "visual.": "a whole CLIP",
-             "text_model.": "a CLIP text encoder", "resblocks.": "a CLIP text encoder",
-             "features.0.weight": "torchvision's VGG", "lin0.model.1.weight": "LPIPS's own layer"}
+             "transformer_blocks.": "a Stable Diffusion U-Net", "encoder.down.": "Stable Diffusion's image autoencoder",
+             "visual.": "a whole CLIP", "text_model.": "a CLIP text encoder", "resblocks.": "a CLIP text encoder",
+             "y_embedder.": "a DiT", "features.0.weight": "torchvision's VGG", "lin0.model.1.": "LPIPS's own layer"}
     for part, kind in kinds.items():
         if found := [name for name in tensors if part in name]:
             return f"it seems to be {kind} ({found[0]})"
@@ -636,10 +652,8 @@ def describe(tensors):
 
 
 def load_weights(module, tensors, what):
-    """Loads {name: tensor} into a module (which may be on the meta device) in the module's dtype.
-
-    `what` opens the error's message. Raises InputError that names missing, unexpected and misshaped tensors.
-    """
+    """Loads {name: tensor} into a module, which may be on the meta device, in its dtype. Raises InputError that names,
+    after `what`, the missing, unexpected and misshaped tensors."""
     own = module.state_dict()
     faults = {
         "missing": [name for name in own if name not in tensors],
@@ -659,7 +673,11 @@ def load_weights(module, tensors, what):
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets and flags
 
-
+PAPER = dict(  # table 5 and appendix B
+    frames=16, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False, noise=0.0, lr=1e-5,
+    betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0, save_every=2000, preview_every=2000,
+    log_every=50, workers=8,
+)
 PRESETS = {
     # Embedded data, minutes on a CPU. Against the paper: a tenth of the width; one content weight a token, upsampled,
     # because with one a pixel so small a model hides information in the content frame as a fine periodic pattern, which
@@ -670,138 +688,65 @@ PRESETS = {
         smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay_steps=1400,
         clips=4000, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
-    # Table 5 and appendix B. LPIPS joins the loss where its two weight files are named.
-    "ucf101": dict(
-        size=[64], frames=16, channels=3, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False,
-        noise=0.0, loss="l1", lr=1e-5, betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0,
-        save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
-    "webvid_sd15": dict(
-        size=[512], frames=16, channels=4, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False,
-        noise=0.0, loss="mse", lr=1e-5, betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0,
-        save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
-    "webvid_sd21": dict(
-        size=[512, 1024], frames=16, channels=4, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False,
-        noise=0.0, loss="mse", lr=1e-5, betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0,
-        save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
+    "ucf101": dict(PAPER, size=[64], channels=3, loss="l1"),  # LPIPS joins where its two weight files are named
+    "webvid_sd15": dict(PAPER, size=[512], channels=4, loss="mse"),
+    "webvid_sd21": dict(PAPER, size=[512, 1024], channels=4, loss="mse"),
 }
 
 
 def flags():
     parser = Flags(__doc__.split("\n")[0])
-    run_ = parser.add_argument_group("run")
-    run_.add_argument("--preset", choices=PRESETS, help="fills every default below (default: the run's, else shapes)")
-    run_.add_argument("--run", help="run folder (default: runs/PRESET)")
-    run_.add_argument("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    run_.add_argument("--encode", action="store_true", help="train no further: only encode the data set")
-    run_.add_argument("--seed", type=int, default=0, help="of the weights, the clips, their order and the noise")
-    run_.add_argument("--workers", type=int, help="loader processes on each rank")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", help="'shapes', a folder of videos, a CSV of captions, or a folder of .tar shards")
-    data.add_argument("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
-    data.add_argument("--split", help="UCF-101 list of the videos to use, such as trainlist01.txt")
-    data.add_argument("--size", type=int, nargs="+", help="pixels: one number, or height and width")
-    data.add_argument("--frames", type=int, help="L, frames a clip (table 4b: 16 or 24)")
-    data.add_argument("--stride", type=int, default=1, help="take every n-th frame of the video")
-    model = parser.add_argument_group("model (table 5)")
-    model.add_argument("--sd", help="raw Stable Diffusion or image autoencoder file: clips become its latents")
-    model.add_argument("--patch", type=int, help="side of a patch, in pixels or latents")
-    model.add_argument("--width", type=int, help="C', width of the trunks")
-    model.add_argument("--motion-channels", type=int, help="D (table 4b: 8 or 16)")
-    model.add_argument("--depth", type=int, help="blocks in each trunk")
-    model.add_argument("--heads", type=int, help="attention heads, each width / heads wide")
-    model.add_argument("--content", choices=["weights", "mean", "frame"], default="weights",
-                       help="the content frame: learned weights, plain mean (table 4b), or the first frame")
-    model.add_argument("--smooth", action=argparse.BooleanOptionalAction, help="content weights a token, not a pixel")
-    train = parser.add_argument_group("training")
-    train.add_argument("--steps", type=int, help="steps in all")
-    train.add_argument("--batch-size", type=int, help="clips a step, over all ranks")
-    train.add_argument("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
-    train.add_argument("--lr", type=float, help="Adam's learning rate")
-    train.add_argument("--decay-steps", type=int,
-                       help="short rise and cosine decay of the rate by this step; 0 keeps it constant")
-    train.add_argument("--loss", choices=["mse", "l1"], help="squared or absolute error of the frames")
-    train.add_argument("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: "
-                       "adds LPIPS of one random frame a clip to the loss (pixels only)")
-    train.add_argument("--noise", type=float, help="deviation of the noise on the motion latent")
-    train.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    train.add_argument("--compile", action="store_true", help="torch.compile the model")
-    train.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
-    train.add_argument("--log-every", type=int, help="steps between rows of the log")
-    train.add_argument("--save-every", type=int, help="steps between checkpoints")
-    train.add_argument("--preview-every", type=int, help="steps between PSNRs and pictures in previews/")
-    encode = parser.add_argument_group("encoding")
-    encode.add_argument("--clips", type=int, help="clips to encode; 0: one of every video")
-    encode.add_argument("--clips-per-video", type=int, default=1, help="random starts of each video")
-    encode.add_argument("--shard-size", type=int, default=1024, help="clips a shard")
+    add = parser.add_argument_group("run").add_argument
+    add("--preset", choices=PRESETS, help="fills every default below (default: the run's, else shapes)")
+    add("--run", help="run folder (default: runs/PRESET)")
+    add("--resume", action="store_true", help="go on from the run folder's checkpoint")
+    add("--encode", action="store_true", help="train no further: only encode the data set")
+    add("--seed", type=int, default=0, help="of the weights, the clips, their order and the noise")
+    add("--workers", type=int, help="loader processes on each rank")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="'shapes', a folder of videos, a CSV of captions, or a folder of .tar shards")
+    add("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
+    add("--split", help="UCF-101 list of the videos to use, such as trainlist01.txt")
+    add("--size", type=int, nargs="+", help="pixels: one number, or height and width")
+    add("--frames", type=int, help="L, frames a clip (table 4b: 16 or 24)")
+    add("--stride", type=int, default=1, help="take every n-th frame of the video")
+    add = parser.add_argument_group("model (table 5)").add_argument
+    add("--sd", help="raw Stable Diffusion or image autoencoder file: clips become its latents")
+    add("--patch", type=int, help="side of a patch, in pixels or latents")
+    add("--width", type=int, help="C', width of the trunks")
+    add("--motion-channels", type=int, help="D (table 4b: 8 or 16)")
+    add("--depth", type=int, help="blocks in each trunk")
+    add("--heads", type=int, help="attention heads, each width / heads wide")
+    add("--content", choices=["weights", "mean", "frame"], default="weights",
+        help="the content frame: learned weights, plain mean (table 4b), or the first frame")
+    add("--smooth", action=argparse.BooleanOptionalAction, help="content weights a token, not a pixel")
+    add = training_flags(parser)
+    add("--loss", choices=["mse", "l1"], help="squared or absolute error of the frames")
+    add("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: adds LPIPS of one "
+        "random frame a clip to the loss (pixels only)")
+    add("--noise", type=float, help="deviation of the noise on the motion latent")
+    add = parser.add_argument_group("encoding").add_argument
+    add("--clips", type=int, help="clips to encode; 0: one of every video")
+    add("--clips-per-video", type=int, default=1, help="random starts of each video")
+    add("--shard-size", type=int, default=1024, help="clips a shard")
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From clips to frames and back
-
-
-def load_autoencoder(run_folder, device):
-    """(Autoencoder, ImageAutoencoder or None where frames are pixels, checkpoint) of a run folder, ready for use."""
-    state = load_checkpoint(os.path.join(run_folder, "autoencoder.pt"), "autoencoder")
-    model = Autoencoder(**state["config"])
-    model.load_state_dict(state["model"])
-    image = state["image_autoencoder"] and open_image_autoencoder(state["image_autoencoder"], device)
-    return model.requires_grad_(False).eval().to(device), image, state
-
-
-def half(module):
-    """A frozen module's weights as the run folder keeps them."""
-    return {name: tensor.half() for name, tensor in module.state_dict().items()}
-
-
-def open_image_autoencoder(tensors, device):
-    """The frozen ImageAutoencoder with a run's weights, in half precision on a GPU."""
-    image = build_image_autoencoder(tensors, "the run's image autoencoder")
-    return image.to(device, torch.float16 if device.type == "cuda" else torch.float32,
-                    memory_format=torch.channels_last)
-
-
-def to_frames(video, image):
-    """What stage 1 calls frames: pixels, or with `image` their latents. (B, 3, L, H, W) -> (B, 4, L, H/8, W/8)"""
-    if image is None:
-        return video
-    latents = image.encode(rearrange(video, "b c l h w -> (b l) c h w"))
-    return rearrange(latents, "(b l) c h w -> b c l h w", b=len(video))
-
-
-def to_pixels(video, image):
-    """The way back, (B, C, L, h, w) -> (B, 3, L, H, W) in [-1, 1]; content frames are clips of one frame."""
-    if image is not None:
-        pixels = image.decode(rearrange(video, "b c l h w -> (b l) c h w"))
-        video = rearrange(pixels, "(b l) c h w -> b c l h w", b=len(video))
-    return video.float().clamp(-1, 1)
-
-
-def psnr(a, b):
-    """Mean over clips of the PSNR in dB, for values in [-1, 1]."""
-    return (10 * torch.log10(4 / (a - b).float().square().flatten(1).mean(1).clamp_min(1e-12))).mean().item()
-
-
-@torch.no_grad()
-def evaluate(model, image, dataset, indices, picture):
-    """PSNR in dB of the reconstruction and of repeating the mean frame; writes input, content, reconstruction."""
-    model.eval()
-    ours, mean, rows = [], [], []
-    for index in indices:
-        video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
-        content, motion = model.encode(to_frames(video, image))
-        again = to_pixels(model.decode(content, motion), image)
-        ours.append(psnr(again, video))
-        mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
-        if len(rows) < 8:
-            still = to_pixels(content[:, :, None], image)
-            rows.append(torch.cat([video[0, :, ::4], still[0], again[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
-    write_sheet(picture, rows, columns=1, frames=rows[0].shape[1])
-    model.train()
-    return float(np.mean(ours)), float(np.mean(mean))
+def training_flags(parser):
+    """Adds the flags that all three stages train with; returns what adds further ones to their group."""
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, help="steps in all")
+    add("--batch-size", type=int, help="clips a step, over all ranks")
+    add("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
+    add("--lr", type=float, help="Adam's learning rate")
+    add("--decay-steps", type=int, help="short rise and cosine decay of the rate by this step; 0 keeps it constant")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--checkpointing", action="store_true", help="less memory, a third more time")
+    add("--log-every", type=int, help="steps between rows of the log")
+    add("--save-every", type=int, help="steps between checkpoints")
+    add("--preview-every", type=int, help="steps between pictures in previews/")
+    return add
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -809,40 +754,36 @@ def evaluate(model, image, dataset, indices, picture):
 
 
 class Readable(torch.utils.data.Dataset):
-    """A data set in which a broken clip is None, so that encoding leaves it out where training replaces it."""
+    """Batches without their broken clips, in whose place training reads others."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitem__(self, key):
-        try:
-            return self.dataset.read(*key)
-        except BadVideo:
-            return None
+    def __getitems__(self, keys):
+        items = []
+        for key in keys:
+            with contextlib.suppress(BadVideo):
+                items.append(self.dataset.read(*key))
+        return items
 
 
 def encode_shard(batches, model, image, device, stop):
-    """One shard's arrays and records, as write_shard takes them, and the sums of the motion latents and their squares.
+    """One shard, as write_shard takes it, from lists of items. None where `stop` was asked for: half a shard is none.
 
-    batches: lists of items, None where a clip is broken. None where `stop` was asked for: half a shard is none.
+    Its `sums` are those of the motion latents and of their squares, by channel.
     """
-    contents = [np.zeros((0, model.channels, *model.size), np.float16)]
-    motions, records = [np.zeros((0, len(model.motion_mean), model.frames, sum(model.grid)), np.float16)], []
-    for items in batches:
+    latents, records = [[np.zeros((0, *shape), np.float16) for shape in (model.content_shape, model.motion_shape)]], []
+    for items in filter(None, batches):
         if stop.asked:
             return None
-        items = [item for item in items if item is not None]
-        if not items:
-            continue
-        video = torch.stack([item["video"] for item in items]).to(device)
-        frames = to_frames(video, image)  # not under autocast: latents as precise as those it was trained on
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            content, motion = model.encode(frames)
-        contents.append(content.half().cpu().numpy())
-        motions.append(motion.half().cpu().numpy())
+        # Not under autocast: Stable Diffusion's latents as precise as those it was trained on.
+        frames = to_frames(torch.stack([item["video"] for item in items]).to(device), image)
+        with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+            latents.append([latent.half().cpu().numpy() for latent in model.encode(frames)])
         records += [dict(label=item["label"], caption=item["caption"]) for item in items]
-    contents, motions = np.concatenate(contents), np.concatenate(motions)
-    return contents, motions, records, [(motions.astype(np.float64) ** n).sum((0, 2, 3)).tolist() for n in (1, 2)]
+    content, motion = (np.concatenate(parts) for parts in zip(*latents))
+    sums = [(motion.astype(np.float64) ** power).sum((0, 2, 3)).tolist() for power in (1, 2)]
+    return dict(content=content, motion=motion, records=records, sums=sums)
 
 
 @torch.no_grad()
@@ -874,28 +815,26 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
     if world > 1:
         torch.distributed.barrier()
 
-    # Batches in the order of the shards, none across two of them.
+    # Batches in the order of the shards, none across two of them, none larger than training's, which fit.
     size = max(1, min(args.batch_size // world, 32))
     todo = {number: [shards[number][i : i + size] for i in range(0, len(shards[number]), size)]
             for number in range(rank, len(shards), world) if not os.path.isdir(paths[number])}
     loader = torch.utils.data.DataLoader(
         Readable(dataset), batch_sampler=[batch for batches in todo.values() for batch in batches],
         num_workers=args.workers, collate_fn=list, worker_init_fn=quiet_worker)
-    bar = tqdm(loader, desc="encode", unit="batch", disable=rank > 0)
-    loader = iter(bar)
     model.eval()
-    for first in range(0, len(shards), world):  # in rounds, so that a signal stops all ranks after the same one
-        number = first + rank
-        if number in todo:
-            shard = encode_shard(islice(loader, len(todo[number])), model, image, device, stop)
-            if shard:
-                write_shard(folder, number, *shard[:3], sums=shard[3])
-        if stop:
-            bar.close()
-            if rank == 0:
-                print("stopped while encoding: --encode goes on after the shards that are written")
-            return None
-    bar.close()
+    with tqdm(loader, desc="encode", unit="batch", disable=rank > 0) as bar:
+        batches = iter(bar)
+        for first in range(0, len(shards), world):  # in rounds, so that a signal stops all ranks after the same one
+            number = first + rank
+            if number in todo:
+                shard = encode_shard(islice(batches, len(todo[number])), model, image, device, stop)
+                if shard:
+                    write_shard(folder, number, **shard)
+            if stop:
+                if rank == 0:
+                    bar.write("stopped while encoding: --encode goes on after the shards that are written")
+                return None
 
     infos = [check_shard(path, checksums=False) for path in paths]
     clips = sum(info["clips"] for info in infos)
@@ -906,9 +845,8 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
     model.motion_mean.copy_(torch.tensor(mean)[:, None, None])
     model.motion_std.copy_(torch.tensor(std)[:, None, None])
     if rank == 0:
-        index |= dict(complete=True, clips=clips, left_out=len(keys) - clips, content=[model.channels, *model.size],
-                      motion=[len(mean), model.frames, sum(model.grid)], motion_mean=mean.tolist(),
-                      motion_std=std.tolist())
+        index |= dict(complete=True, clips=clips, left_out=len(keys) - clips, content=model.content_shape,
+                      motion=model.motion_shape, motion_mean=mean.tolist(), motion_std=std.tolist())
         write_json(index_path, index)
         left = f", {len(keys) - clips} unreadable left out" if clips < len(keys) else ""
         print(f"encoded {clips} clips into {folder}{left}")
@@ -938,6 +876,39 @@ def check_flags(args, resuming):
                          f"{8 * args.patch}, the image autoencoder's 8 times the patch")
 
 
+def load_autoencoder(run_folder, device):
+    """(Autoencoder, ImageAutoencoder or None where frames are pixels, checkpoint) of a run folder, ready for use."""
+    state = load_checkpoint(os.path.join(run_folder, "autoencoder.pt"), "autoencoder")
+    model = Autoencoder(**state["config"])
+    model.load_state_dict(state["model"])
+    image = state["image_autoencoder"] and open_image_autoencoder(state["image_autoencoder"], device)
+    return model.requires_grad_(False).eval().to(device), image, state
+
+
+def psnr(a, b):
+    """Mean over clips of the PSNR in dB, for values in [-1, 1]."""
+    return (10 * torch.log10(4 / (a - b).float().square().flatten(1).mean(1).clamp_min(1e-12))).mean().item()
+
+
+@torch.no_grad()
+def evaluate(model, image, dataset, indices, picture):
+    """PSNR in dB of the reconstruction and of repeating the mean frame; writes input, content, reconstruction."""
+    model.eval()
+    ours, mean, rows = [], [], []
+    for index in indices:
+        video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
+        content, motion = model.encode(to_frames(video, image))
+        again = to_pixels(model.decode(content, motion), image)
+        ours.append(psnr(again, video))
+        mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
+        if len(rows) < 8:  # every fourth frame
+            still = to_pixels(content[:, :, None], image)
+            rows.append(torch.cat([video[0, :, ::4], still[0], again[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
+    write_sheet(picture, rows, columns=1, frames=rows[0].shape[1])
+    model.train()
+    return float(np.mean(ours)), float(np.mean(mean))
+
+
 def main():
     args, saved = parse_flags(flags(), PRESETS, "autoencoder")
     rank, world, device = start(args.seed)
@@ -959,8 +930,9 @@ def main():
     model = Autoencoder(**config).to(device)
     model.encoder.checkpointing = model.decoder.checkpointing = args.checkpointing
     lpips = load_lpips(*args.lpips).to(device) if args.lpips else None
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=args.betas, fused=True)
-    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)
+    weights = list(model.parameters())
+    optimizer = torch.optim.Adam(weights, lr=args.lr, betas=args.betas, fused=True)
+    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)  # skipped steps: in a row, and in all
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -981,28 +953,27 @@ def main():
             fingerprint=fingerprint, model=model.state_dict(), optimizer=optimizer.state_dict(),
             counts=torch.stack([loss_sum, bad_row, skipped]), image_autoencoder=image_state))
 
-    os.makedirs(os.path.join(args.run, "previews"), exist_ok=True)
+    previews = os.path.join(args.run, "previews")
+    os.makedirs(previews, exist_ok=True)
     log = rank == 0 and Log(os.path.join(args.run, "autoencoder.csv"),
                             "step loss lr grad_norm skipped clips_per_second psnr psnr_of_mean_frame".split(), first,
                             (args.log_every, args.preview_every))
     stop, generator = StopSignal(), torch.Generator(device)
     last = first if args.encode else max(first, args.steps)
     if rank == 0:
-        print(f"autoencoder: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-              f"steps {first} to {last}, {args.run}")
+        print(f"autoencoder: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, steps {first} to {last}, "
+              f"{args.run}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="autoencoder", disable=rank > 0)
     since, clock = first, time.perf_counter()
     for step in bar:
         # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
-        # so a resumed run, or one on more ranks, sees the same noise.
+        # so a resumed run, or one on more ranks, sees the same noise. Seeds are about a million steps apart.
         video = to_frames(next(batches)["video"].to(device, non_blocking=True), image)
         generator.manual_seed(args.seed * 1_000_003 + step)
-        noise = args.noise * torch.randn(args.batch_size, args.motion_channels, args.frames, sum(model.grid),
-                                         generator=generator, device=device)[mine]
-        one = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]
+        noise = args.noise * torch.randn(args.batch_size, *model.motion_shape, generator=generator, device=device)[mine]
+        one = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]  # for LPIPS
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step)
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
         for part in parts:
             with last_only(reconstruct, part, parts):
                 with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
@@ -1010,9 +981,9 @@ def main():
                 loss = reconstruction_loss(again, video[part], args.loss, lpips, one[part])
                 (loss / len(parts)).backward()
             loss_sum += loss.detach().nan_to_num(0, 0, 0) / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
         bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
-        optimizer.found_inf = bad.float()  # so the device need not be asked
+        optimizer.found_inf = bad.float()  # so that the device need not be asked
         optimizer.step()
         optimizer.zero_grad()
         bad_row, skipped = (bad_row + 1) * bad, skipped + bad
@@ -1021,7 +992,7 @@ def main():
         done, stopping = step + 1, bool(stop)
         saving = done % args.save_every == 0 or done == last or stopping
         logging = done % args.log_every == 0 or done == last
-        row = dict(step=done, lr=learning_rate(args, step))
+        row = dict(step=done, lr=lr)
         if saving or logging:
             loss_sum = average(loss_sum)
         if logging:
@@ -1032,13 +1003,12 @@ def main():
             check_finite(bad_row, done, path)
         if rank == 0 and (done % args.preview_every == 0 or done == last):
             row["psnr"], row["psnr_of_mean_frame"] = evaluate(
-                model, image, test_set, test[:240 if done == last else 32],
-                os.path.join(args.run, "previews", f"autoencoder-{done:06d}.png"))
+                model, image, test_set, test[: 240 if done == last else 32], f"{previews}/autoencoder-{done:06d}.png")
             bar.write(f"step {done}: PSNR {row['psnr']:.1f} dB on test clips, repeating the mean frame "
                       f"{row['psnr_of_mean_frame']:.1f} dB")
         if rank == 0 and (logging or "psnr" in row):
             log(**row)
-        if logging and done % args.log_every == 0:
+        if done % args.log_every == 0:
             loss_sum = torch.zeros_like(loss_sum)
             since, clock = done, time.perf_counter()
         if rank == 0 and saving:

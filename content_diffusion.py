@@ -28,7 +28,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from autoencoder import describe, half, load_autoencoder, load_weights, read_checkpoint, to_pixels, with_prefix
+from autoencoder import (
+    describe,
+    half,
+    load_autoencoder,
+    load_weights,
+    read_checkpoint,
+    to_pixels,
+    training_flags,
+    with_prefix,
+)
 from data import (
     EncodedClips,
     Flags,
@@ -89,7 +98,7 @@ class Diffusion:
         signal, noise = self.scales(t, x)
         output = model(signal * x + noise * eps, t).float()
         if self.predict == "x":
-            # An error in x is one of 1 / noise times its size in v. That weight is bounded by 1 / 0.5, or the smallest
+            # The loss of v, in which an error of x counts 1 / noise times. At most 1 / 0.5 times here, or the smallest
             # noise, under which only fine detail is left to mend, would outweigh all that the eye sees first.
             return ((output - x) / noise.clamp_min(0.5)).square().mean()
         target = eps if self.predict == "eps" else signal * eps - noise * x
@@ -133,7 +142,7 @@ def modulate(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    """t (B,) in 0..999 -> (B, width)."""
+    """t (B,) in 0..999 -> (B, width), from DiT's 256 sines and cosines."""
 
     def __init__(self, width):
         super().__init__()
@@ -405,24 +414,21 @@ class UNet(nn.Module):
         self.middle_block = nn.ModuleList(
             [ResBlock(here, here, time_width), transformer(here), ResBlock(here, here, time_width)])
         self.output_blocks = nn.ModuleList()
-        for level in reversed(range(len(multipliers))):
-            for i in range(blocks + 1):
-                self.output_blocks.append(layers(here + skips.pop(), width * multipliers[level], level))
-                here = width * multipliers[level]
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for _ in range(blocks + 1):
+                self.output_blocks.append(layers(here + skips.pop(), width * multiplier, level))
+                here = width * multiplier
             if level:
-                up = nn.ModuleDict(dict(conv=nn.Conv2d(here, here, 3, padding=1)))
-                self.output_blocks[-1].append(up)
+                self.output_blocks[-1].append(nn.ModuleDict(dict(conv=nn.Conv2d(here, here, 3, padding=1))))
         self.out = nn.Sequential(nn.GroupNorm(32, here), nn.SiLU(), nn.Conv2d(here, 4, 3, padding=1))
 
     def run(self, layers, x, time, context, size=None):
         """x (B, C, H, W) through the layers of a block. size: H and W that an upsampling ends with."""
         for layer in layers:
             if isinstance(layer, (ResBlock, SpatialTransformer)):
-                condition = time if isinstance(layer, ResBlock) else context
-                if self.checkpointing and self.training:
-                    x = checkpoint(layer, x, condition, use_reentrant=False)
-                else:
-                    x = layer(x, condition)
+                c = time if isinstance(layer, ResBlock) else context
+                recompute = self.checkpointing and self.training
+                x = checkpoint(layer, x, c, use_reentrant=False) if recompute else layer(x, c)
             elif isinstance(layer, nn.Conv2d):
                 x = layer(x)
             elif "op" in layer:
@@ -466,10 +472,9 @@ def tokenize(captions, pad):
     tokens, lost = torch.full((len(captions), 77), pad), []
     for row, caption in zip(tokens, captions):
         words = tokenizer().encode(caption)
-        if len(words) > 75:
+        if words[75:]:
             lost.append(tokenizer().decode(words[75:]).strip())
-        words = [START, *words[:75], END]
-        row[:len(words)] = torch.tensor(words)
+        row[: len(words) + 2] = torch.tensor([START, *words[:75], END])
     if lost:
         more = f", and the ends of {len(lost) - 1} more prompts" if len(lost) > 1 else ""
         warnings.warn(f"a prompt is longer than 77 tokens; left out: '{lost[0]}'{more}", stacklevel=2)
@@ -519,8 +524,7 @@ class TextEncoder(nn.Module):
 
     def encode(self, captions):
         """A list of B captions ('' is the empty prompt) -> hidden states (B, 77, width) on the encoder's device."""
-        tokens = tokenize(captions, self.pad)
-        return self(tokens.to(self.final_layer_norm.weight.device, non_blocking=True))
+        return self(tokenize(captions, self.pad).to(self.final_layer_norm.weight.device, non_blocking=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,10 +532,7 @@ class TextEncoder(nn.Module):
 
 
 def build_unet(tensors, path):
-    """The UNet in a Stable Diffusion file's tensors; its sizes, and so its version, come from their shapes.
-
-    `path` opens the InputError for another kind of file.
-    """
+    """The UNet in a Stable Diffusion file's tensors, whose shapes tell its sizes. `path` opens the InputError."""
     own = with_prefix(tensors, "model.diffusion_model.") or tensors  # a run's own has no prefix
     first, keys = (own.get(f"input_blocks.{name}.weight") for name in ("0.0", "1.1.transformer_blocks.0.attn2.to_k"))
     if first is None or keys is None or any(name.startswith("label_emb.") for name in own):
@@ -577,10 +578,7 @@ def from_openclip(tensors):
 
 
 def build_text_encoder(tensors, path):
-    """The frozen TextEncoder in a file's tensors: CLIP's in Hugging Face's names, or OpenCLIP's in its own.
-
-    `path` opens the InputError for another kind of file.
-    """
+    """The frozen TextEncoder in a file's tensors, named as Hugging Face or OpenCLIP do. `path` opens the InputError."""
     table = next((name for name in tensors if name.endswith("token_embedding.weight")), None)
     if table is None:
         raise InputError(f"{path}: this file has no text encoder; {describe(tensors)}")
@@ -612,11 +610,11 @@ def noise_agreement(unet, encoder):
 
 
 def load_stable_diffusion(path):
-    """Reads a full Stable Diffusion 1.5 or 2.1-base file (.safetensors, .ckpt) -> UNet, TextEncoder (frozen).
+    """A full Stable Diffusion 1.5 or 2.1-base file (.safetensors, .ckpt) -> UNet, TextEncoder (frozen), float32, CPU.
 
-    In float32, on the CPU. The version is told by the shapes; the plain weights are taken, never 'model_ema.'. Shapes
-    cannot tell the 768 model of 2.1, which predicts v: where the answer at t = 999 is not the noise, a file that says
-    so too (hyper-parameters, metadata, a 'v_pred' tensor, its name) is refused, another warned of. Raises InputError.
+    Shapes tell the version, but not the 768 model of 2.1, which predicts v: where the answer at t = 999 is not the
+    noise, a file that says so too (hyper-parameters, metadata, a 'v_pred' tensor, its name) is refused, another warned
+    of. Raises InputError.
     """
     hints = {}
     tensors = read_checkpoint(path, hints)
@@ -636,8 +634,8 @@ def load_stable_diffusion(path):
 
 
 def load_text_encoder(path):
-    """Reads a frozen TextEncoder from a full Stable Diffusion file, a Hugging Face CLIP text file (CLIP ViT-L/14) or an
-    OpenCLIP file (ViT-H/14, whose picture half is ignored). Raises InputError."""
+    """The frozen TextEncoder of a full Stable Diffusion file, or of a file of CLIP ViT-L/14 (Hugging Face's names) or
+    OpenCLIP ViT-H/14, whose picture half is ignored. Raises InputError."""
     return build_text_encoder(read_checkpoint(path), path)
 
 
@@ -663,21 +661,18 @@ def load_dit(path, dit):
         notes.append(f"positions: computed for {dit.grid[0]}x{dit.grid[1]} patches instead of {side}x{side}")
 
     # The rows of the last layer are (p, q, channel), and a file that learned sigma has twice the channels.
-    heads = {kind: tensors[last + kind].float().unflatten(0, (patch, patch, -1)) for kind in ("weight", "bias")}
-    if heads["bias"].shape[2] == 2 * channels:
-        heads = {kind: tensor[:, :, :channels] for kind, tensor in heads.items()}
+    rows = torch.cat([tensors[last + "weight"], tensors[last + "bias"][:, None]], 1).float()  # the bias as a column
+    rows = rearrange(rows, "(p q c) w -> c w p q", p=patch, q=patch)
+    if len(rows) == 2 * channels:
+        rows = rows[:channels]
         notes.append(f"output: the {channels} channels of sigma left out")
     if patch != dit.patch and channels == dit.channels:
-        def resize(tensor):  # (..., patch, patch) -> (..., dit.patch, dit.patch)
-            return F.interpolate(tensor, size=(dit.patch, dit.patch), mode="bilinear", antialias=True)
-
         # A patch of one colour must give the same token, so the kernel keeps its sum; each pixel keeps its output.
-        tensors[kernel] = resize(tensors[kernel].float()) * (patch / dit.patch) ** 2
-        for kind, tensor in heads.items():
-            resized = resize(tensor.flatten(2).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
-            heads[kind] = resized.unflatten(2, tensor.shape[2:])
+        resize = functools.partial(F.interpolate, size=(dit.patch, dit.patch), mode="bilinear", antialias=True)
+        tensors[kernel], rows = resize(tensors[kernel].float()) * (patch / dit.patch) ** 2, resize(rows)
         notes.append(f"patch: {dit.patch} instead of {patch}; the patch embedding and last layer are resized")
-    tensors |= {last + kind: tensor.flatten(0, 2) for kind, tensor in heads.items()}
+    rows = rearrange(rows, "c w p q -> (p q c) w")
+    tensors |= {last + "weight": rows[:, :-1], last + "bias": rows[:, -1]}
     if channels != dit.channels:  # latents and pixels, or other latents: no channel means the same
         notes.append(f"channels: {dit.channels} instead of {channels}; the patch embedding and last layer start fresh")
         tensors |= {name: own[name] for name in own if name.startswith(("x_embedder.", last))}
@@ -688,6 +683,10 @@ def load_dit(path, dit):
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets and flags
 
+PAPER = dict(  # table 7
+    patch=2, predict="eps", lr=1e-4, batch_size=256, decay_steps=0, ema=0.999, drop=0.1, save_every=2000,
+    preview_every=2000, log_every=50, workers=8,
+)
 PRESETS = {
     # Against the paper: a small DiT that predicts the clean frame, which is what a narrow model does best; the cosine
     # schedule, since the linear one spends half of so short a run on almost pure noise; a higher learning rate, which
@@ -696,19 +695,10 @@ PRESETS = {
         model="mini", patch=4, predict="x", schedule="cosine", lr=3e-3, batch_size=16, steps=2000, decay_steps=2000,
         ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
-    # Table 7. 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M, at batch 256.
-    "ucf101": dict(
-        model="XL", patch=2, predict="eps", schedule="linear", lr=1e-4, batch_size=256, steps=111_762, decay_steps=0,
-        ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
-    "webvid_sd15": dict(
-        model="sd", patch=2, predict="eps", schedule="scaled_linear", lr=1e-4, batch_size=256, steps=125_391,
-        decay_steps=0, ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
-    "webvid_sd21": dict(
-        model="sd", patch=2, predict="eps", schedule="scaled_linear", lr=1e-4, batch_size=256, steps=125_391,
-        decay_steps=0, ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
+    # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
+    "ucf101": dict(PAPER, model="XL", schedule="linear", steps=111_762),
+    "webvid_sd15": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
+    "webvid_sd21": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
 }
 
 
@@ -729,19 +719,8 @@ def shared_flags(text, presets, model):
     add("--schedule", choices=["linear", "scaled_linear", "cosine"],
         help="betas: DiT's, Stable Diffusion's, or the cosine's")
     add("--drop", type=float, help="how often the label or prompt is dropped, for guidance")
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, help="steps in all")
-    add("--batch-size", type=int, help="clips a step, over all ranks")
-    add("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
-    add("--lr", type=float, help="Adam's learning rate")
-    add("--decay-steps", type=int, help="short rise and cosine decay of the rate by this step; 0 keeps it constant")
+    add = training_flags(parser)
     add("--ema", type=float, help="decay of the weights' moving average")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpointing", action="store_true", help="less memory, a third more time")
-    add("--log-every", type=int, help="steps between rows of the log")
-    add("--save-every", type=int, help="steps between checkpoints")
-    add("--preview-every", type=int, help="steps between pictures in previews/")
     return parser, group
 
 
@@ -826,7 +805,7 @@ def main():
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
-    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)
+    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)  # skipped steps: in a row, and in all
     if saved:  # the model above has the averages
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -864,7 +843,7 @@ def main():
     since, clock = first, time.perf_counter()
     for step in bar:
         # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
-        # so a resumed run, or one on more ranks, sees the same noise.
+        # so a resumed run, or one on more ranks, sees the same noise. Seeds are about a million steps apart.
         batch = next(batches)
         content = batch["content"].to(device, non_blocking=True)
         generator.manual_seed(args.seed * 1_000_003 + step)

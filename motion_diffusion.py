@@ -117,25 +117,20 @@ class MotionDiT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets and flags
 
+PAPER = dict(  # table 6
+    patch=2, predict="eps", schedule="linear", lr=1e-4, batch_size=256, decay_steps=0, ema=0.999, drop=0.1,
+    save_every=2000, preview_every=2000, log_every=50, workers=8,
+)
 PRESETS = {
     # Against the paper: what stage 2 changes, for the same reasons.
     "shapes": dict(
         model="mini", patch=2, content_patch=8, predict="x", schedule="cosine", lr=2e-3, batch_size=16, steps=2000,
         decay_steps=2000, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
-    # Table 6. 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M, at batch 256.
-    "ucf101": dict(
-        model="L", patch=2, content_patch=4, predict="eps", schedule="linear", lr=1e-4, batch_size=256, steps=111_762,
-        decay_steps=0, ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
-    "webvid_sd15": dict(
-        model="XL", patch=2, content_patch=4, predict="eps", schedule="linear", lr=1e-4, batch_size=256, steps=125_391,
-        decay_steps=0, ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
-    "webvid_sd21": dict(
-        model="XL", patch=2, content_patch=8, predict="eps", schedule="linear", lr=1e-4, batch_size=256, steps=125_391,
-        decay_steps=0, ema=0.999, drop=0.1, save_every=2000, preview_every=2000, log_every=50, workers=8,
-    ),
+    # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
+    "ucf101": dict(PAPER, model="L", content_patch=4, steps=111_762),
+    "webvid_sd15": dict(PAPER, model="XL", content_patch=4, steps=125_391),
+    "webvid_sd21": dict(PAPER, model="XL", content_patch=8, steps=125_391),
 }
 
 
@@ -215,7 +210,7 @@ def main():
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
-    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)
+    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)  # skipped steps: in a row, and in all
     if saved:  # the model above has the averages
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -252,7 +247,7 @@ def main():
     since, clock = first, time.perf_counter()
     for step in bar:
         # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
-        # so a resumed run, or one on more ranks, sees the same noise.
+        # so a resumed run, or one on more ranks, sees the same noise. Seeds are about a million steps apart.
         batch = next(batches)
         content = batch["content"].to(device, non_blocking=True)
         motion = (batch["motion"].to(device, non_blocking=True) - motion_mean) / motion_std

@@ -12,11 +12,11 @@ and for people to look at samples.gif and samples.png.
 A guidance scale s means eps = s eps(c) + (1 - s) eps(nothing): the paper's w is s - 1, and s = 1 is no guidance.
 """
 
-import argparse
 import concurrent.futures
 import os
 import resource
 from time import perf_counter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from autoencoder import load_autoencoder, to_frames, to_pixels
-from content_diffusion import Diffusion, build_content_model
+from content_diffusion import Diffusion, TextEncoder, build_content_model
 from data import Flags, InputError, load_checkpoint, open_dataset, pair, run, start, tile, write_sheet, write_video
 from motion_diffusion import build_motion_model, text_features
 
@@ -152,11 +152,12 @@ class Sampler:
             text_encoder.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
         # CUDA graphs write each result over the one before: .float() copies it out before the next call.
         call = torch.compile(model, mode="reduce-overhead", dynamic=False) if self.args.compile else model
-        return argparse.Namespace(model=model, call=call, text=text_encoder, diffusion=diffusion.to(self.device),
-                                  shape=shape, cache={})
+        return SimpleNamespace(model=model, call=call, text=text_encoder, diffusion=diffusion.to(self.device),
+                               shape=shape, cache={})
 
     def condition(self, stage, wishes, features):
-        """(conditions, those of the branch without guidance) of a batch of wishes: labels, or prompts."""
+        """(conditions, those that stand for nothing) of a batch of wishes: labels, or prompts, which features(text
+        encoder, prompts) turns into what the model takes."""
         if stage.text is None:
             labels = torch.tensor(wishes, device=self.device)
             return labels, torch.full_like(labels, stage.model.classes)
@@ -183,8 +184,8 @@ class Sampler:
         def predict(x, t, condition):
             return stage.call(x.to(self.dtype), t, condition).float()
 
-        conditions = self.condition(stage, wishes, lambda encoder, texts: encoder.encode(texts))
-        seeds = [2 * (args.seed * 1_000_003 + n) for n in numbers]
+        conditions = self.condition(stage, wishes, TextEncoder.encode)
+        seeds = [2 * (args.seed * 1_000_003 + n) for n in numbers]  # the odd ones are the motion's
         bounds = None if self.image else (-1, 1)  # a mean of pixels is in their range; latents have none
         return self.draw(stage, "content", predict, conditions, args.guidance, args.steps, seeds, bounds)
 
@@ -252,8 +253,7 @@ def sampling_macs(sampler):
         return torch.empty(1, *shape, dtype=dtype, device="meta")
 
     args, autoencoder, image = sampler.args, sampler.autoencoder.to("meta"), sampler.image
-    frame, latent = (autoencoder.channels, *autoencoder.size), (
-        len(autoencoder.motion_mean), autoencoder.frames, sum(autoencoder.grid))
+    frame, latent = autoencoder.content_shape, autoencoder.motion_shape
     parts = {}
     for name, stage, steps, scale, inputs in (
             ("content", sampler.content, args.steps, args.guidance, [empty(*frame), empty()]),
@@ -300,34 +300,34 @@ DEFAULTS = {  # by the run's preset: guidance scales of content and motion. The 
 
 def flags():
     parser = Flags(__doc__.split("\n")[0])
-    what = parser.add_argument_group("what to draw")
-    what.add_argument("--run", default="runs/shapes", help="run folder")
-    what.add_argument("--label", help="class, by name or number (default: all classes in turn)")
-    what.add_argument("--prompt", help="text to draw")
-    what.add_argument("--prompts", help="file with one prompt a line")
-    what.add_argument("--negative-prompt", default="", help="text to steer away from, in place of the empty prompt")
-    what.add_argument("--num", type=int, help="clips in all (default: 24; with --prompts, one a prompt)")
-    what.add_argument("--image", help="picture to animate: it is the content frame")
-    what.add_argument("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
-    what.add_argument("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
-    what.add_argument("--predict-motion", action="store_true", help="real content frames, generated motion (table 4a)")
-    what.add_argument("--data", help="real clips for the two above (default: the data set that stage 1 was trained on)")
-    how = parser.add_argument_group("how to draw it")
-    how.add_argument("--steps", type=int, default=50, help="sampling steps of the content frame")
-    how.add_argument("--motion-steps", type=int, default=100, help="sampling steps of the motion")
-    how.add_argument("--guidance", type=float, help="guidance scale of the content frame (default: the preset's)")
-    how.add_argument("--motion-guidance", type=float, help="guidance scale of the motion (default: the preset's)")
-    how.add_argument("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ (2M) needs fewer steps")
-    how.add_argument("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1")
-    how.add_argument("--seed", type=int, default=0, help="a seed gives the same clips whatever the batch size")
-    how.add_argument("--batch-size", type=int, default=24, help="clips at a time")
-    how.add_argument("--compile", action="store_true", help="torch.compile the models, with CUDA graphs")
-    how.add_argument("--dtype", choices=["float32", "bfloat16"],
-                     help="of the two diffusion models (default: bfloat16 on a GPU, float32 on a CPU)")
-    how.add_argument("--profile", action="store_true", help="print the cost: table 9's row for this model")
-    out = parser.add_argument_group("output")
-    out.add_argument("--out", help="folder (default: a new one in the run folder)")
-    out.add_argument("--fps", type=int, default=8, help="frames a second of the files")
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--run", default="runs/shapes", help="run folder")
+    add("--label", help="class, by name or number (default: all classes in turn)")
+    add("--prompt", help="text to draw")
+    add("--prompts", help="file with one prompt a line")
+    add("--negative-prompt", default="", help="text to steer away from, in place of the empty prompt")
+    add("--num", type=int, help="clips in all (default: 24; with --prompts, one a prompt)")
+    add("--image", help="picture to animate: it is the content frame")
+    add("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
+    add("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
+    add("--predict-motion", action="store_true", help="real content frames, generated motion (table 4a)")
+    add("--data", help="real clips for the two above (default: the data set that stage 1 was trained on)")
+    add = parser.add_argument_group("how to draw it").add_argument
+    add("--steps", type=int, default=50, help="sampling steps of the content frame")
+    add("--motion-steps", type=int, default=100, help="sampling steps of the motion")
+    add("--guidance", type=float, help="guidance scale of the content frame (default: the preset's)")
+    add("--motion-guidance", type=float, help="guidance scale of the motion (default: the preset's)")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ (2M) needs fewer steps")
+    add("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1")
+    add("--seed", type=int, default=0, help="a seed gives the same clips whatever the batch size")
+    add("--batch-size", type=int, default=24, help="clips at a time")
+    add("--compile", action="store_true", help="torch.compile the models, with CUDA graphs")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="of the two diffusion models (default: bfloat16 on a GPU, float32 on a CPU)")
+    add("--profile", action="store_true", help="print the cost: table 9's row for this model")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", help="folder (default: a new one in the run folder)")
+    add("--fps", type=int, default=8, help="frames a second of the files")
     return parser
 
 
@@ -422,32 +422,31 @@ def main():
     os.makedirs(fake, exist_ok=True)
     if real is not None:
         os.makedirs(os.path.join(folder, "real"), exist_ok=True)
-    shown, frames, clock = [], {}, Clock(args.profile)
+    shown, drawn, clock = [], {}, Clock(args.profile)
     most = max(1, min(24, 2**21 // (size[0] * size[1])))  # clips in the overview: large ones would make it huge
     with concurrent.futures.ThreadPoolExecutor(2) as writers:  # files are written while the next batch is drawn
         jobs = []
-        batches = range(0, len(wishes), args.batch_size)[rank::world]  # ranks take turns
-        clips = sum(min(args.batch_size, len(wishes) - first) for first in batches)
-        bar = tqdm(total=clips, desc="sample", unit="clip", disable=rank > 0)
-        for first in batches:
-            batch = list(range(first, min(first + args.batch_size, len(wishes))))
+        every = range(len(wishes))
+        batches = [every[n : n + args.batch_size] for n in every[:: args.batch_size]][rank::world]  # ranks take turns
+        bar = tqdm(total=sum(map(len, batches)), desc="sample", unit="clip", disable=rank > 0)
+        for batch in batches:
             wanted = [wishes[n] for n in batch]
             clock("rest")
             if real is not None:
                 items = [real[numbers[n]] for n in batch]
-                clips = torch.stack([item["video"] for item in items])
-                content, motion = sampler.autoencoder.encode(to_frames(clips.to(device), sampler.image))
+                videos = torch.stack([item["video"] for item in items])
+                content, motion = sampler.autoencoder.encode(to_frames(videos.to(device), sampler.image))
                 captions |= {n: item["caption"] for n, item in zip(batch, items)}
                 wanted = [item["caption" if sampler.motion and sampler.motion.text else "label"] for item in items]
-                for n, clip in zip(batch, clips):
+                for n, video in zip(batch, videos):
                     path = os.path.join(folder, "real", f"{n:05d}.mp4")
-                    jobs.append(writers.submit(write_video, path, clip, args.fps))
+                    jobs.append(writers.submit(write_video, path, video, args.fps))
             elif picture is not None:
                 content = picture.expand(len(batch), -1, -1, -1)
             elif args.same_content:  # one for each prompt or label, drawn once
-                if new := [wish for wish in dict.fromkeys(wanted) if wish not in frames]:
-                    frames |= dict(zip(new, sampler.draw_content(new, [0] * len(new))))
-                content = torch.stack([frames[wish] for wish in wanted])
+                if new := [wish for wish in dict.fromkeys(wanted) if wish not in drawn]:
+                    drawn |= dict(zip(new, sampler.draw_content(new, [0] * len(new))))
+                content = torch.stack([drawn[wish] for wish in wanted])
             else:
                 content = sampler.draw_content(wanted, batch)
             clock("content")
@@ -467,7 +466,7 @@ def main():
         parts = [None] * world
         torch.distributed.all_gather_object(parts, (captions, shown))
         captions = {n: caption for part, _ in parts for n, caption in part.items()}
-        shown = sorted((clip for _, part in parts for clip in part), key=lambda clip: clip[0])[:most]
+        shown = sorted((one for _, part in parts for one in part), key=lambda one: one[0])[:most]
     if rank > 0:
         return
     with open(os.path.join(folder, "captions.txt"), "w", encoding="utf-8") as file:
