@@ -112,7 +112,8 @@ class MovingShapes(torch.utils.data.Dataset):
         shape, move = SHAPES[label // len(MOVES)], list(MOVES)[label % len(MOVES)]
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
         video = self.draw(rng, shape, np.array(MOVES[move]), np.array(COLOURS[colour]))
-        return dict(video=video, label=label, caption=f"a {colour} {shape} moving {move}")
+        article = "an" if colour == "orange" else "a"
+        return dict(video=video, label=label, caption=f"{article} {colour} {shape} moving {move}")
 
     def read(self, index, draw=0):
         return self[index, draw]

@@ -124,7 +124,7 @@ PAPER = dict(  # table 6
 PRESETS = {
     # Against the paper: what stage 2 changes, for the same reasons.
     "shapes": dict(
-        model="mini", patch=2, content_patch=8, predict="x", schedule="cosine", lr=2e-3, batch_size=16, steps=2000,
+        model="mini", patch=2, content_patch=8, predict="x", schedule="linear", lr=2e-3, batch_size=16, steps=2000,
         decay_steps=2000, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from autoencoder import load_autoencoder, to_frames, to_pixels
 from content_diffusion import Diffusion, TextEncoder, build_content_model
-from data import Flags, InputError, load_checkpoint, open_dataset, pair, run, start, tile, write_sheet, write_video
+from data import Flags, InputError, load_checkpoint, open_dataset, pair, run, say, start, tile, write_sheet, write_video
 from motion_diffusion import build_motion_model, text_features
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def profile(sampler, seconds, clips):
 # Flags
 
 DEFAULTS = {  # by the run's preset: guidance scales of content and motion. The paper's w is 4 on UCF-101, 7.5 for text.
-    "shapes": dict(guidance=2.5, motion_guidance=2.0),
+    "shapes": dict(guidance=2.0, motion_guidance=1.5),
     "ucf101": dict(guidance=5.0, motion_guidance=5.0),
     "webvid_sd15": dict(guidance=8.5, motion_guidance=8.5),
     "webvid_sd21": dict(guidance=8.5, motion_guidance=8.5),
@@ -407,7 +407,9 @@ def main():
             raise InputError("--reconstruct and --predict-motion take real clips: drop --image and --same-content")
         _, _, real, test = open_dataset(args.data or trained["data"], trained["frames"], size, trained["stride"],
                                         trained["split"], trained["captions"], args.seed)
-        numbers = [int(test[i % len(test)]) for i in range(min(args.num or 24, len(test)))]
+        numbers = [int(n) for n in test[: args.num or 24]]
+        if len(numbers) < (args.num or 0) and rank == 0:
+            say(f"{len(numbers)} clips, not {args.num}: no more were kept out of training")
         wishes, captions = [None] * len(numbers), {}
     else:
         wishes, names = read_wishes(args, sampler, sampler.state["classes"], 4 if args.prompt else 24)

@@ -204,8 +204,8 @@ def make_model(stage, preset, size=None):
             p["channels"], frame, own["patch"], classes=CLASSES[preset], **DIT_SIZES[own["model"]])
     own = motion_diffusion.PRESETS[preset]
     return MotionDiT(p["motion_channels"], p["frames"], sum(frame) // p["patch"], p["channels"], frame, own["patch"],
-                     own["content_patch"], classes=CLASSES.get(preset, 1), text=TEXT["webvid_sd21"]["width"] if text else None,
-                     **DIT_SIZES[own["model"]])
+                     own["content_patch"], classes=CLASSES.get(preset, 1),
+                     text=TEXT["webvid_sd21"]["width"] if text else None, **DIT_SIZES[own["model"]])
 
 
 def awake(model):

@@ -126,8 +126,8 @@ def test_a_folder_of_videos_goes_through_all_four_scripts(script, video_folder, 
     for stage, patch in (("content_diffusion.py", ["--patch", 8]), ("motion_diffusion.py", sizes[7:])):
         done = script(stage, "--run", run, "--model", "mini", *patch, *TINY_DIFFUSION, "--workers", 0)
         assert done.returncode == 0, done.stderr
-    done = script("sample.py", "--run", run, "--label", "class1", "--num", 2, "--steps", 2, "--motion-steps", 2, "--out",
-                  tmp_path / "out", "--sampler", "dpm++")
+    done = script("sample.py", "--run", run, "--label", "class1", "--num", 2, "--steps", 2, "--motion-steps", 2,
+                  "--sampler", "dpm++", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert read_clip(str(tmp_path / "out" / "00001.mp4"), 9).shape == (9, 40, 64, 3)
     assert (tmp_path / "out" / "captions.txt").read_text() == "class1\nclass1\n"
@@ -156,6 +156,7 @@ MISTAKES = [  # command, words of the one line
     ("content_diffusion.py --run {empty}", "no encodings in {empty}"),
     ("content_diffusion.py --run {run}", "exists: --resume goes on"),
     ("content_diffusion.py --run {run} --preset ucf101 --resume", "trained with --preset shapes, not ucf101"),
+    ("content_diffusion.py --run {other} --dit DiT-XL-2-256x256.pt --model sd", "--dit for the other models"),
     ("motion_diffusion.py --run {empty}", "no encodings in {empty}"),
     ("motion_diffusion.py --run {other} --content-patch 5", "patches of 5"),
     ("motion_diffusion.py --encodings {empty}", "--encodings {empty} has no autoencoder.pt"),
