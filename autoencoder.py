@@ -44,6 +44,7 @@ from data import (
     InputError,
     Log,
     StopSignal,
+    autocast,
     average,
     check_config,
     check_finite,
@@ -741,6 +742,8 @@ def training_flags(parser):
     add("--lr", type=float, help="Adam's learning rate")
     add("--decay-steps", type=int, help="short rise and cosine decay of the rate by this step; 0 keeps it constant")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="of the model's arithmetic, not of its weights (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--checkpointing", action="store_true", help="less memory, a third more time")
     add("--log-every", type=int, help="steps between rows of the log")
@@ -976,7 +979,7 @@ def main():
         optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
         for part in parts:
             with last_only(reconstruct, part, parts):
-                with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+                with autocast(args, device):
                     again = reconstruct(video[part], noise[part])
                 loss = reconstruction_loss(again, video[part], args.loss, lpips, one[part])
                 (loss / len(parts)).backward()

@@ -44,6 +44,7 @@ from data import (
     InputError,
     Log,
     StopSignal,
+    autocast,
     average,
     check_config,
     check_finite,
@@ -852,7 +853,7 @@ def main():
         optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
         for part in parts:
             with last_only(predict, part, parts):
-                with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+                with autocast(args, device):
                     loss = diffusion.loss(lambda x, t: predict(x, t, condition[part]),
                                           content[part], t[part], noise[part])
                 (loss / len(parts)).backward()

@@ -1126,6 +1126,12 @@ def split_batch(args, world):
     return share * args.accumulate, [slice(i * share, (i + 1) * share) for i in range(args.accumulate)]
 
 
+def autocast(args, device):
+    """Arithmetic by --dtype: in bfloat16 wherever that is precise enough, or all in float32."""
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16")
+
+
 def last_only(model, part, parts):
     """Under DistributedDataParallel, gradients travel with the last of the accumulated parts only."""
     waits = isinstance(model, torch.nn.parallel.DistributedDataParallel) and part is not parts[-1]

@@ -250,9 +250,9 @@ def forward_macs(stage, preset, size=None):
     return layers, layers + attention
 
 
-def training_step(stage, model, call, inputs, ours):
-    """A function of nothing: one step as the stage's script does it, or (`ours` False) as one writes it first."""
-    device = inputs[0].device
+def training_step(stage, model, call, inputs, version):
+    """A function of nothing: one step as the stage's script does it, or (`plain`) as one writes it first."""
+    device, ours = inputs[0].device, version != "plain"
     weights = list(model.parameters())
     optimizer = torch.optim.Adam(weights, lr=1e-4, fused=True if ours else None)
     averages = [weight.detach().clone() for weight in weights] if stage != "autoencoder" else []
@@ -265,7 +265,7 @@ def training_step(stage, model, call, inputs, ours):
         return diffusion.loss(lambda x, t: call(x, t, *rest), x, t, torch.randn_like(x))
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, ours and device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, ours and device.type == "cuda" or version == "bfloat16"):
             loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -311,9 +311,14 @@ def bench_training(args, stage, preset, batch, size=None):
     if stage == "encoding":
         versions = dict(ours=lambda: encoding_step(model, image, inputs, pixels))
     else:
-        calls = dict(ours=model) | (dict(compiled=torch.compile(model)) if args.compile else {}) | (
-            dict(plain=model) if args.against else {})
-        versions = {name: functools.partial(training_step, stage, model, call, inputs, name != "plain")
+        calls = dict(ours=model)
+        if args.compile:
+            calls["compiled"] = torch.compile(model)
+        if device.type == "cpu":  # --dtype bfloat16: a GPU's default
+            calls["bfloat16"] = model
+        if args.against:
+            calls["plain"] = model
+        versions = {name: functools.partial(training_step, stage, model, call, inputs, name)
                     for name, call in calls.items()}
     paper, full = forward_macs(stage, preset, size)
     passes, best = 1 if stage == "encoding" else 3, 0
@@ -400,8 +405,8 @@ def bench_sampling(args, preset, clips, versions, size=None, **flags):
                 ours = version != "plain"
                 with contextlib.nullcontext() if ours else plain():
                     keep_memory(ours)
-                    dtype = dict(plain=torch.float32, bfloat16=torch.bfloat16).get(version)
-                    sampler = make_sampler(preset, args.device, dtype, size, version == "compiled", **flags)
+                    dtype = torch.float32 if not ours else torch.bfloat16 if "bfloat16" in version else None
+                    sampler = make_sampler(preset, args.device, dtype, size, "compiled" in version, **flags)
                     steps = sampler.args.steps, sampler.args.motion_steps
                     sampler.args.steps = sampler.args.motion_steps = 3
                     draw(sampler, clips, folder, ours)  # warms up, compiles
@@ -420,11 +425,11 @@ def bench_sampling(args, preset, clips, versions, size=None, **flags):
         memory = "".join(f"{peak / 1e9:>7.2f}" for peak in turns[0][1])
         ratio = f"{totals[version] / statistics.median(sum(t.values()) for t, _ in results['plain']):7.2f}" * (
             "plain" in results)
-        print(f"{version:<9} {clips:>5}{times}{totals[version]:>9.3f}{mfu}{memory}{ratio}", flush=True)
+        print(f"{version:<17} {clips:>5}{times}{totals[version]:>9.3f}{mfu}{memory}{ratio}", flush=True)
     return sum(part[0] for part in macs.values())
 
 
-SAMPLING_COLUMNS = (f"{'sampling':<9} {'clips':>5}{'content':>9}{'motion':>9}{'decode':>9}{'images':>9}{'files':>9}"
+SAMPLING_COLUMNS = (f"{'sampling':<17} {'clips':>5}{'content':>9}{'motion':>9}{'decode':>9}{'images':>9}{'files':>9}"
                     f"{'seconds':>9}{'MFU c.':>7}{'MFU m.':>7}{'GB':>7}{'+image':>7}")
 
 
@@ -564,6 +569,7 @@ def main():
     parser.add_argument("--batch-size", type=int, help="clips a training step (default: 8 for shapes, else 1)")
     parser.add_argument("--clips", type=int, nargs="+", help="clips drawn at once (default: 1 and 24, for sd 1 and 4)")
     parser.add_argument("--size", type=int, nargs="+", help="pixels, in place of the preset's")
+    parser.add_argument("--depth", type=int, help="blocks in each trunk of the autoencoder, where all do not fit")
     parser.add_argument("--rounds", type=int, help="turns of each version (default: 3; 1 in a GPU's report)")
     parser.add_argument("--data", help="folder of videos for the loader (default: made up)")
     parser.add_argument("--samplers", metavar="RUN", help="how near few steps of each sampler come to 1000 of DDIM")
@@ -579,6 +585,8 @@ def main():
     args.preset = args.preset or ("webvid_sd21" if report else "shapes")
     if args.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    if args.depth:
+        autoencoder.PRESETS[args.preset]["depth"] = args.depth
     args.machine_rate = matrix_rate(args.device)
     name = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}: {args.machine_rate / 1e12:.3g} TFLOPS in "
@@ -596,8 +604,10 @@ def main():
         mfu[stage] = max(bench_training(args, stage, args.preset, batch, size) or 0 for batch in batches)
     if "sampling" in wanted:
         print("\n" + SAMPLING_COLUMNS + ("  ratio" if args.against else ""))
-        versions = ["ours"] + ["compiled"] * args.compile + ["bfloat16"] * (args.device.type == "cpu") + [
-            "plain"] * args.against
+        versions = ["ours"] + ["compiled"] * args.compile
+        if args.device.type == "cpu":  # a GPU has half precision anyway
+            versions += ["bfloat16"] + ["compiled bfloat16"] * args.compile
+        versions += ["plain"] * args.against
         fifty = dict(steps=50, motion_steps=50) if args.preset in UNETS else {}
         for clips in args.clips or ([1, 4] if fifty else [1, 24]):
             bench_sampling(args, args.preset, clips, versions, args.size, **fifty)

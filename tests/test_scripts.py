@@ -1,6 +1,7 @@
 """Proves that the scripts do together what the README says, run as a user runs them, at tiny sizes, and that a mistake
 costs the user one clear line."""
 
+import csv
 import json
 import os
 import shutil
@@ -139,6 +140,19 @@ def test_each_ablation_is_a_flag(script, tmp_path, flags):
     done = script("autoencoder.py", *TINY, "--run", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     assert "encoded 40 clips" in done.stdout
+
+
+def test_bfloat16_is_nearly_float32(script, shapes_run, tmp_path):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        for stage in ("content", "motion"):
+            done = script(f"{stage}_diffusion.py", "--run", tmp_path / dtype, "--encodings", shapes_run, "--model",
+                          "mini", *TINY_DIFFUSION, "--workers", 0, "--dtype", dtype)
+            assert done.returncode == 0, done.stderr
+            with open(tmp_path / dtype / f"{stage}.csv") as file:
+                losses.append([float(row["loss"]) for row in csv.DictReader(file)])
+    exact, rough = losses[:2], losses[2:]
+    assert exact != rough and np.allclose(exact, rough, rtol=0.02)
 
 
 MISTAKES = [  # command, words of the one line
