@@ -13,6 +13,7 @@ A guidance scale s means eps = s eps(c) + (1 - s) eps(nothing): the paper's w is
 """
 
 import concurrent.futures
+import copy
 import os
 import resource
 from time import perf_counter
@@ -235,7 +236,7 @@ def macs(call):
 
     On the meta device nothing is computed.
     """
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     counts = counter.get_flop_counts()["Global"]  # two a multiply-accumulate
     layers = sum(n for op, n in counts.items() if str(op) in ("aten.addmm", "aten.mm", "aten.convolution"))
@@ -252,7 +253,8 @@ def sampling_macs(sampler):
     def empty(*shape, dtype=sampler.dtype):
         return torch.empty(1, *shape, dtype=dtype, device="meta")
 
-    args, autoencoder, image = sampler.args, sampler.autoencoder.to("meta"), sampler.image
+    # Copies: a module that was compiled in place has a copy that is not, in which operations can be counted.
+    args, autoencoder, image = sampler.args, copy.deepcopy(sampler.autoencoder).to("meta"), copy.deepcopy(sampler.image)
     frame, latent = autoencoder.content_shape, autoencoder.motion_shape
     parts = {}
     for name, stage, steps, scale, inputs in (
@@ -466,7 +468,8 @@ def main():
             job.result()
     if world > 1:
         parts = [None] * world
-        torch.distributed.all_gather_object(parts, (captions, shown))
+        with torch.inference_mode(False):  # in which torch before 2.6 cannot gather
+            torch.distributed.all_gather_object(parts, (captions, shown))
         captions = {n: caption for part, _ in parts for n, caption in part.items()}
         shown = sorted((one for _, part in parts for one in part), key=lambda one: one[0])[:most]
     if rank > 0:
