@@ -21,7 +21,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -231,16 +233,28 @@ class Clock:
             self.seconds[part], self.last = self.seconds.get(part, 0) + now - self.last, now
 
 
+class CountAttention(TorchFunctionMode):
+    """Counts attention's multiply-accumulates in its place: the result has the right shape and no meaning."""
+
+    macs = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs or {})
+        query, key, _ = args
+        self.macs += 2 * query.numel() * key.shape[-2]  # query times key, and that times value
+        return torch.empty_like(query)
+
+
 def macs(call):
     """Multiply-accumulates of a call: (of convolutions and linear layers, which the paper counts; of attention).
 
     On the meta device nothing is computed.
     """
-    with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    layers, attention = FlopCounterMode(display=False), CountAttention()
+    with torch.inference_mode(False), torch.no_grad(), layers, attention:
         call()
-    counts = counter.get_flop_counts()["Global"]  # two a multiply-accumulate
-    layers = sum(n for op, n in counts.items() if str(op) in ("aten.addmm", "aten.mm", "aten.convolution"))
-    return layers // 2, (sum(counts.values()) - layers) // 2
+    return layers.get_total_flops() // 2, attention.macs  # two a multiply-accumulate
 
 
 def sampling_macs(sampler):
