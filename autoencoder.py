@@ -39,11 +39,14 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (
+    COUNT,
+    SEED,
     BadVideo,
     Flags,
     InputError,
     Log,
     StopSignal,
+    at_most_cores,
     autocast,
     average,
     check_config,
@@ -62,6 +65,7 @@ from data import (
     start,
     stream,
     weights_hash,
+    within,
     write_json,
     write_shard,
     write_sheet,
@@ -702,22 +706,22 @@ def flags():
     add("--run", help="run folder (default: runs/PRESET)")
     add("--resume", action="store_true", help="go on from the run folder's checkpoint")
     add("--encode", action="store_true", help="train no further: only encode the data set")
-    add("--seed", type=int, default=0, help="of the weights, the clips, their order and the noise")
-    add("--workers", type=int, help="loader processes on each rank")
+    add("--seed", type=SEED, default=0, help="of the weights, the clips, their order and the noise")
+    add("--workers", type=within(0), help="loader processes on each rank, at most one a core")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="'shapes', a folder of videos, a CSV of captions, or a folder of .tar shards")
     add("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
     add("--split", help="UCF-101 list of the videos to use, such as trainlist01.txt")
-    add("--size", type=int, nargs="+", help="pixels: one number, or height and width")
-    add("--frames", type=int, help="L, frames a clip (table 4b: 16 or 24)")
-    add("--stride", type=int, default=1, help="take every n-th frame of the video")
+    add("--size", type=COUNT, nargs="+", help="pixels: one number, or height and width")
+    add("--frames", type=COUNT, help="L, frames a clip (table 4b: 16 or 24)")
+    add("--stride", type=COUNT, default=1, help="take every n-th frame of the video")
     add = parser.add_argument_group("model (table 5)").add_argument
     add("--sd", help="raw Stable Diffusion or image autoencoder file: clips become its latents")
-    add("--patch", type=int, help="side of a patch, in pixels or latents")
-    add("--width", type=int, help="C', width of the trunks")
-    add("--motion-channels", type=int, help="D (table 4b: 8 or 16)")
-    add("--depth", type=int, help="blocks in each trunk")
-    add("--heads", type=int, help="attention heads, each width / heads wide")
+    add("--patch", type=COUNT, help="side of a patch, in pixels or latents")
+    add("--width", type=COUNT, help="C', width of the trunks")
+    add("--motion-channels", type=COUNT, help="D (table 4b: 8 or 16)")
+    add("--depth", type=COUNT, help="blocks in each trunk")
+    add("--heads", type=COUNT, help="attention heads, each width / heads wide")
     add("--content", choices=["weights", "mean", "frame"], default="weights",
         help="the content frame: learned weights, plain mean (table 4b), or the first frame")
     add("--smooth", action=argparse.BooleanOptionalAction, help="content weights a token, not a pixel")
@@ -725,30 +729,30 @@ def flags():
     add("--loss", choices=["mse", "l1"], help="squared or absolute error of the frames")
     add("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: adds LPIPS of one "
         "random frame a clip to the loss (pixels only)")
-    add("--noise", type=float, help="deviation of the noise on the motion latent")
+    add("--noise", type=within(0, kind=float), help="deviation of the noise on the motion latent")
     add = parser.add_argument_group("encoding").add_argument
-    add("--clips", type=int, help="clips to encode; 0: one of every video")
-    add("--clips-per-video", type=int, default=1, help="random starts of each video")
-    add("--shard-size", type=int, default=1024, help="clips a shard")
+    add("--clips", type=within(0), help="clips to encode; 0: one of every video")
+    add("--clips-per-video", type=COUNT, default=1, help="random starts of each video")
+    add("--shard-size", type=COUNT, default=1024, help="clips a shard")
     return parser
 
 
 def training_flags(parser):
     """Adds the flags that all three stages train with; returns what adds further ones to their group."""
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, help="steps in all")
-    add("--batch-size", type=int, help="clips a step, over all ranks")
-    add("--accumulate", type=int, default=1, help="split each rank's batch into so many passes")
-    add("--lr", type=float, help="Adam's learning rate")
-    add("--decay-steps", type=int, help="short rise and cosine decay of the rate by this step; 0 keeps it constant")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--steps", type=COUNT, help="steps in all")
+    add("--batch-size", type=COUNT, help="clips a step, over all ranks")
+    add("--accumulate", type=COUNT, default=1, help="split each rank's batch into so many passes")
+    add("--lr", type=within(0, kind=float), help="Adam's learning rate")
+    add("--decay-steps", type=within(0), help="short rise, cosine decay of the rate by this step; 0 keeps it constant")
+    add("--clip", type=within(0, kind=float), default=1.0, help="largest gradient norm")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the model's arithmetic, not of its weights (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--checkpointing", action="store_true", help="less memory, a third more time")
-    add("--log-every", type=int, help="steps between rows of the log")
-    add("--save-every", type=int, help="steps between checkpoints")
-    add("--preview-every", type=int, help="steps between pictures in previews/")
+    add("--log-every", type=COUNT, help="steps between rows of the log")
+    add("--save-every", type=COUNT, help="steps between checkpoints")
+    add("--preview-every", type=COUNT, help="steps between pictures in previews/")
     return add
 
 
@@ -824,7 +828,7 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
             for number in range(rank, len(shards), world) if not os.path.isdir(paths[number])}
     loader = torch.utils.data.DataLoader(
         Readable(dataset), batch_sampler=[batch for batches in todo.values() for batch in batches],
-        num_workers=args.workers, collate_fn=list, worker_init_fn=quiet_worker)
+        num_workers=at_most_cores(args.workers), collate_fn=list, worker_init_fn=quiet_worker)
     model.eval()
     with tqdm(loader, desc="encode", unit="batch", disable=rank > 0) as bar:
         batches = iter(bar)
@@ -862,7 +866,7 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
 
 def check_flags(args, resuming):
     """Raises InputError for flags that do not fit together."""
-    if len(args.size) > 2 or min(args.size) < 1:
+    if len(args.size) > 2:
         raise InputError("--size takes one number, or height and width")
     if not args.data:
         raise InputError(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions")

@@ -39,6 +39,8 @@ from autoencoder import (
     with_prefix,
 )
 from data import (
+    COUNT,
+    SEED,
     EncodedClips,
     Flags,
     InputError,
@@ -57,6 +59,7 @@ from data import (
     split_batch,
     start,
     stream,
+    within,
     write_sheet,
 )
 
@@ -708,22 +711,22 @@ def shared_flags(text, presets, model):
     add("--encodings", metavar="RUN", help="train on another run's autoencoder and encodings, linked into --run")
     add("--data", help="the data set that was encoded; only checked against the encodings")
     add("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    add("--seed", type=int, default=0, help="of the weights, the order of the clips and the noise")
-    add("--workers", type=int, help="loader processes on each rank")
+    add("--seed", type=SEED, default=0, help="of the weights, the order of the clips and the noise")
+    add("--workers", type=within(0), help="loader processes on each rank, at most one a core")
     group = parser.add_argument_group(model)
     add = parser.add_argument_group("diffusion").add_argument
     add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean latent")
     add("--schedule", choices=["linear", "scaled_linear"], help="betas: DiT's, or Stable Diffusion's")
-    add("--drop", type=float, help="how often the label or prompt is dropped, for guidance")
+    add("--drop", type=within(0, 1, float), help="how often the label or prompt is dropped, for guidance")
     add = training_flags(parser)
-    add("--ema", type=float, help="decay of the weights' moving average")
+    add("--ema", type=within(0, 1, float), help="decay of the weights' moving average")
     return parser, group
 
 
 def flags():
     parser, model = shared_flags(__doc__, PRESETS, "model (table 7)")
     model.add_argument("--model", choices=[*DIT_SIZES, "sd"], help="DiT's size, or sd: Stable Diffusion's U-Net")
-    model.add_argument("--patch", type=int, help="DiT's patch on the content frame")
+    model.add_argument("--patch", type=COUNT, help="DiT's patch on the content frame")
     model.add_argument("--sd", help="raw Stable Diffusion 1.5 or 2.1-base file to start from, for --model sd")
     model.add_argument("--dit", help="raw ImageNet DiT file to start a DiT from, such as DiT-XL-2-256x256.pt")
     return parser
@@ -833,11 +836,11 @@ def main():
     os.makedirs(os.path.join(args.run, "previews"), exist_ok=True)
     log = rank == 0 and Log(os.path.join(args.run, "content.csv"),
                             "step loss lr grad_norm skipped clips_per_second".split(), first, (args.log_every,))
-    stop, generator = StopSignal(), torch.Generator(device)
+    stop, generator, last = StopSignal(), torch.Generator(device), max(first, args.steps)
     if rank == 0:
         print(f"content model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
-              f"steps {first} to {args.steps}, {path}")
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="content", disable=rank > 0)
+              f"steps {first} to {last}, {path}")
+    bar = tqdm(range(first, last), initial=first, total=last, desc="content", disable=rank > 0)
     since, clock = first, time.perf_counter()
     for step in bar:
         # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
@@ -870,8 +873,8 @@ def main():
 
         # The rest is logging, pictures, saving.
         done, stopping = step + 1, bool(stop)
-        saving = done % args.save_every == 0 or done == args.steps or stopping
-        logging = done % args.log_every == 0 or done == args.steps
+        saving = done % args.save_every == 0 or done == last or stopping
+        logging = done % args.log_every == 0 or done == last
         if saving or logging:
             loss_sum = average(loss_sum)
         if logging:
@@ -887,7 +890,7 @@ def main():
             since, clock = done, time.perf_counter()
         if rank == 0 and saving:
             save(done)
-        if rank == 0 and (done % args.preview_every == 0 or done == args.steps):
+        if rank == 0 and (done % args.preview_every == 0 or done == last):
             preview(ema, diffusion, condition_of, dataset, args.run, done, device)
         if stopping:
             bar.close()

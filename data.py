@@ -820,9 +820,16 @@ def stream(dataset, batch_size, seed=0, step=0, workers=0, rank=0, world=1, indi
     """An endless iterator over this rank's batches from `step` on. batch_size: over all ranks; indices: a subset."""
     if indices is None and not getattr(dataset, "endless", False):
         indices = range(len(dataset))
+    workers = at_most_cores(workers)
     return iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=batch_keys(indices, batch_size, seed, step, rank, world), num_workers=workers,
         pin_memory=torch.cuda.is_available(), worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None))
+
+
+def at_most_cores(workers):
+    """As many of the workers as this process has cores: more would only be in each other's way."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(workers, cores)
 
 
 def quiet_worker(_):
@@ -865,6 +872,8 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
                 test = VideoFolder(data, frames, size, other, stride, seed)
                 return dataset, range(len(dataset)), test, range(len(test))
     kept = min(64, len(dataset) // 50) or (1 if len(dataset) > 3 else 0)
+    if not kept and os.environ.get("RANK", "0") == "0":
+        say(f"{data}: too few videos to keep one out of training: test clips are training clips")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
     return dataset, np.sort(order[kept:]), dataset, np.sort(order[:kept] if kept else order)
 
@@ -904,8 +913,9 @@ def load_checkpoint(path, stage):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
         foreign = isinstance(e, pickle.UnpicklingError)
-        what = "holds more than tensors and is not loaded" if foreign else "is damaged or no checkpoint"
-        raise InputError(f"{path} {what}: {' '.join(str(e).split())[:200]}") from None
+        raise InputError(f"{path} " + (
+            f"holds more than tensors and is not loaded: {' '.join(str(e).split())[:200]}" if foreign else
+            f"is damaged or no checkpoint: delete it and train it anew with {script[stage]}")) from None
     if not isinstance(state, dict) or "stage" not in state:
         raise InputError(f"{path} was not written by {script[stage]}")
     if state["stage"] != stage:
@@ -1005,8 +1015,8 @@ class StopSignal:
 
 
 def run(main):
-    """Runs a script's main(): an InputError is printed as one line, with no traceback; so are a full disk, a loader's
-    worker that was killed, and the end of another rank."""
+    """Runs a script's main(): an InputError is printed as one line, with no traceback; so are a path that cannot be
+    used, a full disk, a loader's worker that was killed, and the end of another rank."""
     name = os.path.basename(sys.argv[0])
     warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"  # one line, as errors are
     try:
@@ -1018,6 +1028,8 @@ def run(main):
         line = " ".join(str(e).split())
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             sys.exit(f"{name}: {line}: free some space and go on with --resume")
+        if isinstance(e, OSError) and e.filename:
+            sys.exit(f"{name}: {e.filename}: {e.strerror}: name another path, or mend that one")
         if line.startswith("DataLoader worker"):
             sys.exit(f"{name}: {line} Memory may have run out: take fewer --workers, and go on with --resume")
         if isinstance(e, torch.distributed.DistError) or "gloo" in line:
@@ -1049,6 +1061,24 @@ class Flags(argparse.ArgumentParser):
         near = difflib.get_close_matches(wrong[0], self._option_string_actions) if wrong else []
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
         self.exit(2, f"{self.prog}: {message} ({hint})\n")
+
+
+def within(low, high=math.inf, kind=int):
+    """argparse's type of a whole number (kind float: any number) from `low` to `high`."""
+
+    def number(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and math.isfinite(value):
+                return value
+        reach = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number {reach}")
+
+    return number
+
+
+COUNT = within(1)
+SEED = within(0, 2**40)  # times a million it still fits 64 bits
 
 
 def link_encodings(run_folder, other):
@@ -1090,6 +1120,8 @@ def parse_flags(parser, presets, stage):
     checkpoint, saved = None, {}
     if os.path.exists(path) and not (given.resume or encode):
         raise InputError(f"{path} exists: --resume goes on with it, another --run starts afresh")
+    if given.resume and not os.path.exists(path) and os.environ.get("RANK", "0") == "0":
+        say(f"no {path} to resume: starting afresh")
     if os.path.exists(path) or encode:
         checkpoint = load_checkpoint(path, stage)
         saved = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "encode")}

@@ -18,7 +18,6 @@ UCF-101 are 20 of its classes; the root is taken through eigenvectors, in float6
 all else that the result's line states: compare only figures whose lines agree.
 """
 
-import argparse
 import contextlib
 import csv
 import hashlib
@@ -638,25 +637,18 @@ def clipsim(videos, args, device):
 # The command line
 
 
-def positive(text):
-    """argparse's type of a whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def flags():
     parser = data.Flags("FVD of FAKE against REAL, PSNR and SSIM of pairs, or CLIPSIM of FAKE.")
     parser.add_argument("real", metavar="REAL", help="folder of videos (any depth) or of folders of frames; a .npz of "
                         "stored statistics; or the word shapes, the embedded test set")
     parser.add_argument("fake", metavar="FAKE", nargs="?", help="the same; --clipsim takes one folder alone")
     add = parser.add_argument_group("protocol").add_argument
-    add("--num", type=positive, help="videos of each set, chosen at random (default: all)")
-    add("--frames", type=positive, default=16, help="L, frames a clip")
-    add("--size", type=positive, nargs="+", help="pixels: one number, or height and width; resized to cover them, "
+    add("--num", type=data.COUNT, help="videos of each set, chosen at random (default: all)")
+    add("--frames", type=data.COUNT, default=16, help="L, frames a clip")
+    add("--size", type=data.COUNT, nargs="+", help="pixels: one number, or height and width; resized to cover them, "
         "middle cropped (default: the size of FAKE's first video)")
-    add("--stride", type=positive, default=1, help="take every n-th frame of the video")
-    add("--seed", type=int, default=0, help="of the random clips and choice, and of shapes")
+    add("--stride", type=data.COUNT, default=1, help="take every n-th frame of the video")
+    add("--seed", type=data.SEED, default=0, help="of the random clips and choice, and of shapes")
     add("--split", help="UCF-101 list of the videos of REAL to use, such as trainlist01.txt")
     add = parser.add_argument_group("FVD").add_argument
     add("--i3d", metavar="FILE", help="i3d_torchscript.pt (a program: only from a source you trust), "
@@ -671,8 +663,8 @@ def flags():
         "captions.txt, as sample.py writes it)")
     add("--csv", metavar="FILE", help="where CLIPSIM of each prompt goes (default: nowhere)")
     add = parser.add_argument_group("speed").add_argument
-    add("--batch-size", type=positive, default=4, help="videos at once on each rank")
-    add("--workers", type=positive, default=4, help="threads that read videos on each rank")
+    add("--batch-size", type=data.COUNT, default=4, help="videos at once on each rank")
+    add("--workers", type=data.COUNT, default=4, help="threads that read videos on each rank")
     return parser
 
 

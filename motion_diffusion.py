@@ -42,6 +42,7 @@ from content_diffusion import (
     to_tokens,
 )
 from data import (
+    COUNT,
     EncodedClips,
     InputError,
     Log,
@@ -138,8 +139,8 @@ PRESETS = {
 def flags():
     parser, model = shared_flags(__doc__, PRESETS, "model (table 6)")
     model.add_argument("--model", choices=DIT_SIZES, help="DiT's size")
-    model.add_argument("--patch", type=int, help="DiT's patch on the motion latent")
-    model.add_argument("--content-patch", type=int, help="its patch on the content frame (table 4c)")
+    model.add_argument("--patch", type=COUNT, help="DiT's patch on the motion latent")
+    model.add_argument("--content-patch", type=COUNT, help="its patch on the content frame (table 4c)")
     model.add_argument("--text", help="condition on captions: raw file with a text encoder, full Stable Diffusion or "
                        "OpenCLIP ViT-H (table 6)")
     return parser
@@ -240,11 +241,11 @@ def main():
     os.makedirs(os.path.join(args.run, "previews"), exist_ok=True)
     log = rank == 0 and Log(os.path.join(args.run, "motion.csv"),
                             "step loss lr grad_norm skipped clips_per_second".split(), first, (args.log_every,))
-    stop, generator = StopSignal(), torch.Generator(device)
+    stop, generator, last = StopSignal(), torch.Generator(device), max(first, args.steps)
     if rank == 0:
         print(f"motion model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
-              f"steps {first} to {args.steps}, {path}")
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="motion", disable=rank > 0)
+              f"steps {first} to {last}, {path}")
+    bar = tqdm(range(first, last), initial=first, total=last, desc="motion", disable=rank > 0)
     since, clock = first, time.perf_counter()
     for step in bar:
         # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
@@ -278,8 +279,8 @@ def main():
 
         # The rest is logging, pictures, saving.
         done, stopping = step + 1, bool(stop)
-        saving = done % args.save_every == 0 or done == args.steps or stopping
-        logging = done % args.log_every == 0 or done == args.steps
+        saving = done % args.save_every == 0 or done == last or stopping
+        logging = done % args.log_every == 0 or done == last
         if saving or logging:
             loss_sum = average(loss_sum)
         if logging:
@@ -295,7 +296,7 @@ def main():
             since, clock = done, time.perf_counter()
         if rank == 0 and saving:
             save(done)
-        if rank == 0 and (done % args.preview_every == 0 or done == args.steps):
+        if rank == 0 and (done % args.preview_every == 0 or done == last):
             preview(ema, diffusion, condition_of, dataset, args.run, done, device)
         if stopping:
             bar.close()

@@ -29,7 +29,22 @@ from tqdm import tqdm
 
 from autoencoder import load_autoencoder, to_frames, to_pixels
 from content_diffusion import Diffusion, TextEncoder, build_content_model
-from data import Flags, InputError, load_checkpoint, open_dataset, pair, run, say, start, tile, write_sheet, write_video
+from data import (
+    COUNT,
+    SEED,
+    Flags,
+    InputError,
+    load_checkpoint,
+    open_dataset,
+    pair,
+    run,
+    say,
+    start,
+    tile,
+    within,
+    write_sheet,
+    write_video,
+)
 from motion_diffusion import build_motion_model, text_features
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,11 +83,9 @@ def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None,
 def dpm(denoise, x, diffusion, steps=20, eta=0.0, generators=None, bounds=None, progress=iter):
     """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order in the log signal-to-noise ratio, one call a step.
 
-    The same arguments as ddim; eta must be 0. Its timesteps are even in that ratio, not in t: even in t, its last step
-    would span half of the ratio's range and spoil the rest.
+    The same arguments as ddim, but eta is not used: it is deterministic. Its timesteps are even in that ratio, not in
+    t: even in t, its last step would span half of the ratio's range and spoil the rest.
     """
-    if eta:
-        raise InputError("--sampler dpm++ is deterministic: drop --eta, or use ddim")
     ratio = 0.5 * torch.logit(diffusion.abar)  # lambda_t = log(sqrt(abar) / sqrt(1 - abar))
     even = torch.linspace(ratio[999], ratio[0], len(timesteps(steps)), device=ratio.device)
     times = sorted({(ratio - value).abs().argmin().item() for value in even}, reverse=True)
@@ -322,29 +335,44 @@ def flags():
     add("--prompt", help="text to draw")
     add("--prompts", help="file with one prompt a line")
     add("--negative-prompt", default="", help="text to steer away from, in place of the empty prompt")
-    add("--num", type=int, help="clips in all (default: 24; with --prompts, one a prompt)")
+    add("--num", type=COUNT, help="clips in all (default: 24; with --prompt 4, with --prompts one a prompt)")
     add("--image", help="picture to animate: it is the content frame")
     add("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
     add("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
     add("--predict-motion", action="store_true", help="real content frames, generated motion (table 4a)")
     add("--data", help="real clips for the two above (default: the data set that stage 1 was trained on)")
     add = parser.add_argument_group("how to draw it").add_argument
-    add("--steps", type=int, default=50, help="sampling steps of the content frame")
-    add("--motion-steps", type=int, default=100, help="sampling steps of the motion")
-    add("--guidance", type=float, help="guidance scale of the content frame (default: the preset's)")
-    add("--motion-guidance", type=float, help="guidance scale of the motion (default: the preset's)")
+    add("--steps", type=within(1, 1000), default=50, help="sampling steps of the content frame")
+    add("--motion-steps", type=within(1, 1000), default=100, help="sampling steps of the motion")
+    add("--guidance", type=within(0, kind=float), help="guidance scale of the content frame (default: the preset's)")
+    add("--motion-guidance", type=within(0, kind=float), help="guidance scale of the motion (default: the preset's)")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ (2M) needs fewer steps")
-    add("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1")
-    add("--seed", type=int, default=0, help="a seed gives the same clips whatever the batch size")
-    add("--batch-size", type=int, default=24, help="clips at a time")
+    add("--eta", type=within(0, 1, float), default=0.0, help="DDIM's noise, 0 to 1: none, ancestral")
+    add("--seed", type=SEED, default=0, help="a seed gives the same clips whatever the batch size")
+    add("--batch-size", type=COUNT, default=24, help="clips at a time")
     add("--compile", action="store_true", help="torch.compile the models, with CUDA graphs")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the two diffusion models (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--profile", action="store_true", help="print the cost: table 9's row for this model")
     add = parser.add_argument_group("output").add_argument
     add("--out", help="folder (default: a new one in the run folder)")
-    add("--fps", type=int, default=8, help="frames a second of the files")
+    add("--fps", type=COUNT, default=8, help="frames a second of the files")
     return parser
+
+
+def check_flags(args):
+    """Raises InputError for flags that do not fit together."""
+    if args.eta and args.sampler != "ddim":
+        raise InputError(f"--sampler {args.sampler} is deterministic: drop --eta, or use ddim")
+    if args.reconstruct and args.predict_motion:
+        raise InputError("--reconstruct and --predict-motion: give one of them")
+    if args.reconstruct or args.predict_motion:
+        for name in ("label", "prompt", "prompts", "image", "same_content"):
+            if getattr(args, name):
+                raise InputError("--reconstruct and --predict-motion take real clips: drop "
+                                 f"--{name.replace('_', '-')}")
+    elif args.data:
+        raise InputError("--data is for --reconstruct and --predict-motion: drop it")
 
 
 def read_wishes(args, sampler, classes, count_default):
@@ -406,9 +434,7 @@ def new_folder(args):
 @torch.inference_mode()
 def main():
     args = flags().parse_args()
-    for name in ("num", "steps", "motion_steps", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    check_flags(args)
     rank, world, device = start(args.seed)
     sampler = Sampler(args, device)
     trained = sampler.state["args"]
@@ -419,8 +445,6 @@ def main():
 
     real = None
     if args.reconstruct or args.predict_motion:
-        if args.image or args.same_content:
-            raise InputError("--reconstruct and --predict-motion take real clips: drop --image and --same-content")
         _, _, real, test = open_dataset(args.data or trained["data"], trained["frames"], size, trained["stride"],
                                         trained["split"], trained["captions"], args.seed)
         numbers = [int(n) for n in test[: args.num or 24]]

@@ -15,7 +15,6 @@ and the average of weights by loops over tensors, the loss read at every step, g
 one by one, videos decoded from their start. It has the same weights and gives the same results (test_speed.py).
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import ctypes
@@ -560,23 +559,26 @@ def plan(rate, mfu):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = data.Flags(__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=autoencoder.PRESETS, help="default: shapes; on a GPU, the whole report")
-    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", nargs="+", choices=[*STAGES, "sampling", "loader"], help="default: all")
     parser.add_argument("--against", action="store_true", help="time a plain version in turns with ours, with ratios")
     parser.add_argument("--compile", action="store_true", help="time a compiled version as well")
-    parser.add_argument("--batch-size", type=int, help="clips a training step (default: 8 for shapes, else 1)")
-    parser.add_argument("--clips", type=int, nargs="+", help="clips drawn at once (default: 1 and 24, for sd 1 and 4)")
-    parser.add_argument("--size", type=int, nargs="+", help="pixels, in place of the preset's")
-    parser.add_argument("--depth", type=int, help="blocks in each trunk of the autoencoder, where all do not fit")
-    parser.add_argument("--rounds", type=int, help="turns of each version (default: 3; 1 in a GPU's report)")
+    parser.add_argument("--batch-size", type=data.COUNT, help="clips a training step (default: 8 for shapes, else 1)")
+    parser.add_argument("--clips", type=data.COUNT, nargs="+", help="clips drawn at once (default: 1 24; of sd 1 4)")
+    parser.add_argument("--size", type=data.COUNT, nargs="+", help="pixels, in place of the preset's")
+    parser.add_argument("--depth", type=data.COUNT, help="blocks in each trunk of the autoencoder, if all do not fit")
+    parser.add_argument("--rounds", type=data.COUNT, help="turns of each version (default: 3; 1 in a GPU's report)")
     parser.add_argument("--data", help="folder of videos for the loader (default: made up)")
     parser.add_argument("--samplers", metavar="RUN", help="how near few steps of each sampler come to 1000 of DDIM")
     parser.add_argument("--plan", action="store_true", help="print the plan alone, from --rate and --mfu")
     parser.add_argument("--rate", type=float, help="TFLOPS of one GPU, for --plan")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of --rate that is reached, for --plan")
     args = parser.parse_args()
+    args.device = torch.device(args.device)
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        raise data.InputError("--device cuda: PyTorch finds no GPU here")
     if args.plan:
         return plan((args.rate or 312) * 1e12, dict.fromkeys(STAGES, args.mfu))
     if args.samplers:
@@ -623,4 +625,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

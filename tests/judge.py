@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import MOVES, MovingShapes, find_videos, read_clip  # noqa: E402
+from data import MOVES, InputError, MovingShapes, find_videos, read_clip, run  # noqa: E402
 from fvd import frechet_distance  # noqa: E402
 
 FRAMES, SIZE = 16, 32
@@ -88,24 +88,32 @@ def spread(videos, labels):
 
 
 def read_folder(folder):
-    """(videos (N, 3, L, H, W), labels (N,)) of a folder that sample.py wrote."""
+    """(videos (N, 3, L, H, W), labels (N,)) of a folder that sample.py wrote. Raises InputError for another."""
     captions = os.path.join(folder, "captions.txt")
     if not os.path.isfile(captions):  # sample.py writes them beside `real` and `fake`
         captions = os.path.join(folder, "..", "captions.txt")
-    with open(captions) as file:
-        labels = torch.tensor([MovingShapes.classes.index(" ".join(line.split()[-3:])) for line in file])
     names = sorted(name for name in find_videos(folder) if name.endswith(".mp4"))
+    try:
+        with open(captions) as file:
+            labels = torch.tensor([MovingShapes.classes.index(" ".join(line.split()[-3:])) for line in file])
+    except (OSError, ValueError):
+        labels = []
+    if not names or len(names) != len(labels):
+        raise InputError(f"{folder} has {len(names)} clips and {len(labels)} captions of shapes: name a folder that "
+                         "sample.py wrote from a shapes run, or of --reconstruct its fake folder")
     clips = np.stack([read_clip(os.path.join(folder, name), FRAMES) for name in names])
     return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1, labels
 
 
-def main(folders):
+def main():
+    if not sys.argv[1:]:
+        raise InputError("name folders that sample.py wrote from a shapes run")
+    folders = {folder: read_folder(folder) for folder in sys.argv[1:]}
     model, test = train(), MovingShapes(FRAMES, SIZE, split="test")
     real, real_labels = batch_of(test, range(600))
     print(f"classifier on 600 real test clips: {accuracy(model, real, real_labels)[0]:.1%} right")
     theirs = spread(real, real_labels)
-    for folder in folders:
-        videos, labels = read_folder(folder)
+    for folder, (videos, labels) in folders.items():
         both, motion = accuracy(model, videos, labels)
         distance = frechet_distance(features(model, real), features(model, videos))
         shares = ", ".join(f"{name} {share / theirs[name]:.2f}" for name, share in spread(videos, labels).items())
@@ -114,6 +122,4 @@ def main(folders):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or not all(map(os.path.isdir, sys.argv[1:])):
-        sys.exit("judge.py: name folders that sample.py wrote from a shapes run")
-    main(sys.argv[1:])
+    run(main)

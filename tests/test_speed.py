@@ -1,6 +1,8 @@
 """Proves that what is quick gives what is plain: the same outputs and training steps to rounding; and by the profiler's
 own counts that the intended kernels run. The plain versions are bench.py's."""
 
+from types import SimpleNamespace
+
 import bench
 import pytest
 import torch
@@ -170,7 +172,7 @@ def test_the_profile_gives_the_papers_table_10():
 
 def test_the_loader_decodes_little_more_than_it_uses(tmp_path, capsys):
     bench.make_videos(str(tmp_path), "ucf101")
-    args = bench.argparse.Namespace(data=str(tmp_path), rounds=1)
+    args = SimpleNamespace(data=str(tmp_path), rounds=1)
     bench.bench_loader(args, "ucf101")
     decoded = float(capsys.readouterr().out.split(" frames decoded")[0].split()[-1])
     assert 1 <= decoded < 3  # a clip of 16 frames, key frames 12 apart
