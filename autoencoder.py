@@ -88,6 +88,15 @@ class FeedForward(nn.Module):
         return self.reduce(self.value(x) * F.gelu(self.gate(x)))
 
 
+def attention_in_parts(q, k, v, axis, heads=65_535, scratch=2**31 - 1):
+    """Attention of q, k, v (batch, heads, N, d), split along axis 0 or 1 where it is too much for CUDA's kernels: they
+    take 65,535 heads, and index their scratch, N and d rounded up to multiples of 128 and 32, with 31 bits."""
+    others, N, d = q.shape[1 - axis], -(-q.shape[2] // 128) * 128, -(-q.shape[3] // 32) * 32
+    most = max(1, min(heads, scratch // (others * N * d)))
+    parts = [F.scaled_dot_product_attention(*part) for part in zip(*(x.split(most, axis) for x in (q, k, v)))]
+    return torch.cat(parts, axis) if len(parts) > 1 else parts[0]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over time (at each location) or over space (in each frame)."""
 
@@ -102,7 +111,8 @@ class Attention(nn.Module):
         # The axis attended over comes next to last, the others become batch and heads. All views, no copies.
         shape = (B, L, N * self.heads, C // self.heads) if self.over == "time" else (B * L, N, self.heads, -1)
         q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        x = F.scaled_dot_product_attention(q, k, v)  # time: (B, N*heads, L, d), space: (B*L, heads, N, d)
+        # Of time: (B, N*heads, L, d), of space: (B*L, heads, N, d)
+        x = attention_in_parts(q, k, v, axis=1 if self.over == "time" else 0)
         return self.out(x.transpose(1, 2).reshape(B, L, N, C))
 
 
@@ -774,7 +784,7 @@ class Readable(torch.utils.data.Dataset):
         return items
 
 
-def encode_shard(batches, model, image, device, stop):
+def encode_shard(args, batches, model, image, device, stop):
     """One shard, as write_shard takes it, from lists of items. None where `stop` was asked for: half a shard is none.
 
     Its `sums` are those of the motion latents and of their squares, by channel.
@@ -785,7 +795,7 @@ def encode_shard(batches, model, image, device, stop):
             return None
         # Not under autocast: Stable Diffusion's latents as precise as those it was trained on.
         frames = to_frames(torch.stack([item["video"] for item in items]).to(device), image)
-        with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+        with autocast(args, device):
             latents.append([latent.half().cpu().numpy() for latent in model.encode(frames)])
         records += [dict(label=item["label"], caption=item["caption"]) for item in items]
     content, motion = (np.concatenate(parts) for parts in zip(*latents))
@@ -835,7 +845,7 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, st
         for first in range(0, len(shards), world):  # in rounds, so that a signal stops all ranks after the same one
             number = first + rank
             if number in todo:
-                shard = encode_shard(islice(batches, len(todo[number])), model, image, device, stop)
+                shard = encode_shard(args, islice(batches, len(todo[number])), model, image, device, stop)
                 if shard:
                     write_shard(folder, number, **shard)
             if stop:
@@ -946,7 +956,7 @@ def main():
         first, (loss_sum, bad_row, skipped) = saved["step"], saved["counts"].to(device)
     reconstruct = torch.compile(model) if args.compile else model
     if world > 1:
-        reconstruct = DistributedDataParallel(reconstruct, gradient_as_bucket_view=True)
+        reconstruct = DistributedDataParallel(reconstruct, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # Data
     dataset, indices, test_set, test = open_dataset(args.data, args.frames, size, args.stride, args.split,

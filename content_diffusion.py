@@ -751,19 +751,19 @@ def build_content_model(state):
 
 
 @torch.no_grad()
-def preview(ema, diffusion, condition_of, dataset, run_folder, step, device):
+def preview(args, ema, diffusion, condition_of, dataset, step, device):
     """Draws 16 content frames (of Stable Diffusion 4) by 25 DDIM steps, without guidance, into the run folder."""
     from sample import ddim  # sample.py imports this file
 
-    image = load_autoencoder(run_folder, device)[1]
+    image = load_autoencoder(args.run, device)[1]
     number = 4 if image else 16
     batch = dict(label=torch.arange(number) % max(1, len(dataset.classes)),
                  caption=[dataset[i % len(dataset)]["caption"] for i in range(number)])
     condition = condition_of(batch, torch.zeros(number, dtype=torch.bool, device=device))
     noise = torch.randn(number, *dataset.content_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+    with autocast(args, device):
         frames = ddim(lambda x, t: ema(x, t, condition), noise, diffusion, steps=25)
-    write_sheet(os.path.join(run_folder, "previews", f"content-{step:06d}.png"),
+    write_sheet(os.path.join(args.run, "previews", f"content-{step:06d}.png"),
                 list(to_pixels(frames[:, :, None], image).cpu()), columns=8)
 
 
@@ -814,7 +814,7 @@ def main():
     diffusion = Diffusion(args.schedule, args.predict).to(device)
     predict = torch.compile(model) if args.compile else model
     if world > 1:
-        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True)
+        predict = DistributedDataParallel(predict, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def condition_of(batch, dropped):
         """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""
@@ -891,7 +891,7 @@ def main():
         if rank == 0 and saving:
             save(done)
         if rank == 0 and (done % args.preview_every == 0 or done == last):
-            preview(ema, diffusion, condition_of, dataset, args.run, done, device)
+            preview(args, ema, diffusion, condition_of, dataset, done, device)
         if stopping:
             bar.close()
             if rank == 0:

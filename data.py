@@ -1037,9 +1037,8 @@ def run(main):
         raise
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # only now: after an error on this rank alone it would wait for the others
+        torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

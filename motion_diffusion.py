@@ -164,19 +164,19 @@ def text_features(text_encoder, captions):
 
 
 @torch.no_grad()
-def preview(ema, diffusion, condition_of, dataset, run_folder, step, device):
+def preview(args, ema, diffusion, condition_of, dataset, step, device):
     """Draws motions for 8 stored content frames (4 of latents) by 25 DDIM steps, unguided, into the run folder."""
     from sample import ddim  # sample.py imports this file
 
-    autoencoder, image, _ = load_autoencoder(run_folder, device)
+    autoencoder, image, _ = load_autoencoder(args.run, device)
     batch = torch.utils.data.default_collate([dataset[i] for i in range(min(4 if image else 8, len(dataset)))])
     content = batch["content"].to(device)
     condition = condition_of(batch, torch.zeros(len(content), dtype=torch.bool, device=device))
     noise = torch.randn(len(content), *dataset.motion_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+    with autocast(args, device):
         motion = ddim(lambda x, t: ema(x, t, content, condition), noise, diffusion, steps=25)
     videos = to_pixels(autoencoder.decode(content, autoencoder.denormalise(motion).clamp(-1, 1)), image)
-    write_sheet(os.path.join(run_folder, "previews", f"motion-{step:06d}.png"), list(videos.cpu()), columns=1)
+    write_sheet(os.path.join(args.run, "previews", f"motion-{step:06d}.png"), list(videos.cpu()), columns=1)
 
 
 def main():
@@ -220,7 +220,7 @@ def main():
     diffusion = Diffusion(args.schedule, args.predict).to(device)
     predict = torch.compile(model) if args.compile else model
     if world > 1:
-        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True)
+        predict = DistributedDataParallel(predict, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def condition_of(batch, dropped):
         """Labels (B,) or text features (B, width), with 'nothing' where dropped (B,) is true."""
@@ -297,7 +297,7 @@ def main():
         if rank == 0 and saving:
             save(done)
         if rank == 0 and (done % args.preview_every == 0 or done == last):
-            preview(ema, diffusion, condition_of, dataset, args.run, done, device)
+            preview(args, ema, diffusion, condition_of, dataset, done, device)
         if stopping:
             bar.close()
             if rank == 0:

@@ -166,7 +166,7 @@ class Sampler:
         model = model.requires_grad_(False).eval().to(self.device, self.dtype)
         if text_encoder:
             text_encoder.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
-        # CUDA graphs write each result over the one before: .float() copies it out before the next call.
+        # CUDA graphs write each result over the one before: predict() copies it out before the next call.
         call = torch.compile(model, mode="reduce-overhead", dynamic=False) if self.args.compile else model
         return SimpleNamespace(model=model, call=call, text=text_encoder, diffusion=diffusion.to(self.device),
                                shape=shape, cache={})
@@ -198,7 +198,7 @@ class Sampler:
         stage, args = self.content, self.args
 
         def predict(x, t, condition):
-            return stage.call(x.to(self.dtype), t, condition).float()
+            return stage.call(x.to(self.dtype), t, condition).to(torch.float32, copy=True)
 
         conditions = self.condition(stage, wishes, TextEncoder.encode)
         seeds = [2 * (args.seed * 1_000_003 + n) for n in numbers]  # the odd ones are the motion's
@@ -212,7 +212,7 @@ class Sampler:
 
         def predict(x, t, condition):  # the content frame stays in both branches
             frames = torch.cat([frame] * (len(x) // len(frame)))
-            return stage.call(x.to(self.dtype), t, frames, condition).float()
+            return stage.call(x.to(self.dtype), t, frames, condition).to(torch.float32, copy=True)
 
         conditions = self.condition(stage, wishes, text_features)
         seeds = [2 * (args.seed * 1_000_003 + n) + 1 for n in numbers]
@@ -223,7 +223,8 @@ class Sampler:
 
     def decode(self, content, motion):
         """content (B, C, H, W), motion (B, D, L, H'+W') -> clips (B, 3, L, H, W) in [-1, 1]"""
-        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+        half = self.device.type == "cuda" and self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, half):
             frames = self.autoencoder.decode(content, motion)
         return to_pixels(frames, self.image)
 
@@ -517,7 +518,7 @@ def main():
     numbers, clips = zip(*shown)
     write_sheet(os.path.join(folder, "samples.png"), clips, columns=2, captions=[captions[n] for n in numbers])
     write_video(os.path.join(folder, "samples.gif"), tile(clips, columns=min(6, len(clips))), args.fps)
-    print(f"{len(wishes)} clips in {folder}; look at {os.path.join(folder, 'samples.gif')}")
+    print(f"{len(wishes)} clip{'s' * (len(wishes) > 1)} in {folder}; look at {os.path.join(folder, 'samples.gif')}")
     if args.profile:
         print(profile(sampler, clock.seconds, len(wishes)))
 

@@ -323,7 +323,7 @@ def bench_training(args, stage, preset, batch, size=None):
     passes, best = 1 if stage == "encoding" else 3, 0
     try:
         results = take_turns(versions, args.rounds, device)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         print(f"{stage:<14} left out: out of memory at batch {batch}")
         return None
     for name, (seconds, peak) in results.items():
@@ -422,8 +422,9 @@ def bench_sampling(args, preset, clips, versions, size=None, **flags):
         mfu = "".join(f"{2 * macs[part][1] * clips / parts[part] / args.machine_rate:>7.1%}"
                       for part in ("content", "motion"))
         memory = "".join(f"{peak / 1e9:>7.2f}" for peak in turns[0][1])
-        ratio = f"{totals[version] / statistics.median(sum(t.values()) for t, _ in results['plain']):7.2f}" * (
-            "plain" in results)
+        ratio = ""
+        if "plain" in results:
+            ratio = f"{totals[version] / statistics.median(sum(t.values()) for t, _ in results['plain']):7.2f}"
         print(f"{version:<17} {clips:>5}{times}{totals[version]:>9.3f}{mfu}{memory}{ratio}", flush=True)
     return sum(part[0] for part in macs.values())
 

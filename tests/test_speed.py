@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import content_diffusion
 import sample
-from autoencoder import Autoencoder, ImageAutoencoder
+from autoencoder import Autoencoder, ImageAutoencoder, attention_in_parts
 from content_diffusion import DiT, UNet
 from motion_diffusion import MotionDiT
 
@@ -88,6 +88,23 @@ def test_sampling_gives_what_one_branch_at_a_time_gives(tmp_path):
             content = sampler.draw_content([0, 5], [0, 1])
             clips.append(sampler.decode(content, sampler.draw_motion(content, [0, 5], [0, 1])))
     assert torch.allclose(*clips, atol=1e-4) and clips[0].std() > 0.01
+
+
+@pytest.mark.parametrize("versions", [["ours"], ["ours", "bfloat16", "plain"]])
+def test_the_table_of_sampling_has_a_row_for_each_version(versions, capsys):
+    args = SimpleNamespace(rounds=1, device=torch.device("cpu"), machine_rate=1e11)
+    bench.bench_sampling(args, "shapes", 1, versions, None, steps=3, motion_steps=3)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == versions and len({len(row) for row in rows}) == 1
+
+
+@pytest.mark.parametrize("axis, heads, scratch, calls", [(0, 99, 10**9, 1), (1, 2, 10**9, 3), (0, 99, 6 * 128 * 32, 4)])
+def test_attention_in_parts_is_attention(axis, heads, scratch, calls):
+    q, k, v = torch.randn(3, 4, 6, 10, 8)  # 4 batches, 6 heads
+    results = []
+    seen = counts(lambda: results.append(attention_in_parts(q, k, v, axis, heads, scratch)))
+    assert torch.allclose(results[0], torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-6)
+    assert seen["aten::scaled_dot_product_attention"] == calls
 
 
 def test_nothing_is_read_back_between_steps():
