@@ -956,7 +956,7 @@ def main():
         first, (loss_sum, bad_row, skipped) = saved["step"], saved["counts"].to(device)
     reconstruct = torch.compile(model) if args.compile else model
     if world > 1:
-        reconstruct = DistributedDataParallel(reconstruct, broadcast_buffers=False, gradient_as_bucket_view=True)
+        reconstruct = DistributedDataParallel(reconstruct, gradient_as_bucket_view=True)
 
     # Data
     dataset, indices, test_set, test = open_dataset(args.data, args.frames, size, args.stride, args.split,

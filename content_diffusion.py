@@ -814,7 +814,7 @@ def main():
     diffusion = Diffusion(args.schedule, args.predict).to(device)
     predict = torch.compile(model) if args.compile else model
     if world > 1:
-        predict = DistributedDataParallel(predict, broadcast_buffers=False, gradient_as_bucket_view=True)
+        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True)
 
     def condition_of(batch, dropped):
         """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""

@@ -1037,8 +1037,11 @@ def run(main):
         raise
     except KeyboardInterrupt:
         sys.exit(130)
-    if torch.distributed.is_initialized():  # only now: after an error on this rank alone it would wait for the others
-        torch.distributed.destroy_process_group()
+    finally:
+        # After an error on this rank alone nccl would wait here for the others, and the message with it; gloo does not.
+        failed = sys.exc_info()[0] is not None
+        if torch.distributed.is_initialized() and not (failed and torch.cuda.is_available()):
+            torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

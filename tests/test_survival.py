@@ -473,7 +473,8 @@ def test_when_a_worker_or_a_rank_is_killed_every_rank_ends_with_one_clear_line(p
     if victim == "rank":
         assert other == -signal.SIGKILL
     else:
-        assert other == 1 and "is killed by signal" in lines_of(others_output)[-1], others_output
+        # PyTorch says "is killed by signal", or "exited unexpectedly" where it sees the end before the signal.
+        assert other == 1 and "Memory may have run out: take fewer --workers" in lines_of(others_output)[-1]
 
 
 @pytest.mark.slow
