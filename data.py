@@ -1031,7 +1031,8 @@ def run(main):
         if isinstance(e, OSError) and e.filename:
             sys.exit(f"{name}: {e.filename}: {e.strerror}: name another path, or mend that one")
         if line.startswith("DataLoader worker"):
-            sys.exit(f"{name}: {line.rstrip('. ')}. Memory may have run out: take fewer --workers, and go on with --resume")
+            sys.exit(f"{name}: {line.rstrip('. ')}. Memory may have run out: take fewer --workers, and go on with "
+                     "--resume")
         if isinstance(e, torch.distributed.DistError) or "gloo" in line:
             sys.exit(f"{name}: lost the other ranks; the one that ended first says why ({line[-150:]})")
         raise
