@@ -60,9 +60,11 @@ def aside(path):
             os.remove(f"{path}.tmp")
 
 
-def say(text):
-    """A line for the user on stderr, at once: out of workers too, and among progress bars."""
-    print(text, file=sys.stderr, flush=True)
+def say(text, once=False):
+    """A line for the user on stderr, at once: out of workers too, and among progress bars. once: what every rank finds
+    alike, said by the first alone."""
+    if not once or os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,9 +472,9 @@ class VideoFolder(VideoFiles):
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 faults = pool.map(lambda file: fault(os.path.join(self.root, file), span), files)
                 bad |= {file: reason for file, reason in zip(files, faults) if reason}
-        if bad and os.environ.get("RANK", "0") == "0":  # every rank finds the same
+        if bad:
             say(f"{self.root}: left out {len(bad)} of {len(files)} files:\n"
-                + "\n".join(f"  {file}: {reason}" for file, reason in bad.items()))
+                + "\n".join(f"  {file}: {reason}" for file, reason in bad.items()), once=True)
         broken = [file for file, reason in bad.items() if not reason.startswith(("too short", "in no class"))]
         if len(bad) == len(files) or 2 * len(broken) > len(files):
             first = (broken or files)[0]
@@ -872,8 +874,8 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
                 test = VideoFolder(data, frames, size, other, stride, seed)
                 return dataset, range(len(dataset)), test, range(len(test))
     kept = min(64, len(dataset) // 50) or (1 if len(dataset) > 3 else 0)
-    if not kept and os.environ.get("RANK", "0") == "0":
-        say(f"{data}: too few videos to keep one out of training: test clips are training clips")
+    if not kept:
+        say(f"{data}: too few videos to keep one out of training: test clips are training clips", once=True)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
     return dataset, np.sort(order[kept:]), dataset, np.sort(order[:kept] if kept else order)
 
@@ -911,11 +913,12 @@ def load_checkpoint(path, stage):
         raise InputError(f"no {path}: train it first with `python {script[stage]} --run {os.path.dirname(path)}`")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        foreign = isinstance(e, pickle.UnpicklingError)
-        raise InputError(f"{path} " + (
-            f"holds more than tensors and is not loaded: {' '.join(str(e).split())[:200]}" if foreign else
-            f"is damaged or no checkpoint: delete it and train it anew with {script[stage]}")) from None
+    except pickle.UnpicklingError as e:
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{path} holds more than tensors and is not loaded: {reason}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError):
+        raise InputError(f"{path} is damaged or no checkpoint: delete it and train it anew with {script[stage]}"
+                         ) from None
     if not isinstance(state, dict) or "stage" not in state:
         raise InputError(f"{path} was not written by {script[stage]}")
     if state["stage"] != stage:
@@ -1123,8 +1126,6 @@ def parse_flags(parser, presets, stage):
     checkpoint, saved = None, {}
     if os.path.exists(path) and not (given.resume or encode):
         raise InputError(f"{path} exists: --resume goes on with it, another --run starts afresh")
-    if given.resume and not os.path.exists(path) and os.environ.get("RANK", "0") == "0":
-        say(f"no {path} to resume: starting afresh")
     if os.path.exists(path) or encode:
         checkpoint = load_checkpoint(path, stage)
         saved = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "encode")}
@@ -1132,6 +1133,8 @@ def parse_flags(parser, presets, stage):
             raise InputError(f"{path} was trained with --preset {saved['preset']}, not {preset}: drop --preset, or "
                              "name another --run")
         preset = saved["preset"]
+    elif given.resume:
+        say(f"no {path} to resume: starting afresh", once=True)
     preset = preset or "shapes"
     parser.set_defaults(**presets[preset] | saved)
     args = parser.parse_args()
@@ -1161,10 +1164,14 @@ def split_batch(args, world):
     return share * args.accumulate, [slice(i * share, (i + 1) * share) for i in range(args.accumulate)]
 
 
+def chosen_dtype(args, device):
+    """torch.float32 or torch.bfloat16: --dtype, or the default of the device."""
+    return getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
 def autocast(args, device):
     """Arithmetic by --dtype: in bfloat16 wherever that is precise enough, or all in float32."""
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    return torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16, chosen_dtype(args, device) == torch.bfloat16)
 
 
 def last_only(model, part, parts):

@@ -34,6 +34,7 @@ from data import (
     SEED,
     Flags,
     InputError,
+    chosen_dtype,
     load_checkpoint,
     open_dataset,
     pair,
@@ -138,7 +139,7 @@ class Sampler:
 
     def __init__(self, args, device):
         self.args, self.device = args, device
-        self.dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        self.dtype = chosen_dtype(args, device)
         self.autoencoder, self.image, self.state = load_autoencoder(args.run, device)
         self.sampler = SAMPLERS[args.sampler]
         if args.compile:
@@ -449,8 +450,8 @@ def main():
         _, _, real, test = open_dataset(args.data or trained["data"], trained["frames"], size, trained["stride"],
                                         trained["split"], trained["captions"], args.seed)
         numbers = [int(n) for n in test[: args.num or 24]]
-        if len(numbers) < (args.num or 0) and rank == 0:
-            say(f"{len(numbers)} clips, not {args.num}: no more were kept out of training")
+        if len(numbers) < (args.num or 0):
+            say(f"{len(numbers)} clips, not {args.num}: no more were kept out of training", once=True)
         wishes, captions = [None] * len(numbers), {}
     else:
         wishes, names = read_wishes(args, sampler, sampler.state["classes"], 4 if args.prompt else 24)
