@@ -1044,7 +1044,7 @@ def run(main):
     finally:
         # After an error on this rank alone nccl would wait here for the others, and the message with it; gloo does not.
         failed = sys.exc_info()[0] is not None
-        if torch.distributed.is_initialized() and not (failed and torch.cuda.is_available()):
+        if torch.distributed.is_initialized() and not (failed and torch.cuda.is_initialized()):
             torch.distributed.destroy_process_group()
 
 
