@@ -2,28 +2,24 @@
 
 Section 3.2 of the paper, equations 3 to 6. In: clips (B, C, L, H, W) in [-1, 1], or their Stable Diffusion latents.
 Out: content frames (B, C, H, W), a learned weighted mean of the frames, and motion latents (B, D, L, H'+W') with
-H' = H / patch. It ends by encoding the data set into the run folder: that is all that stages 2 and 3 read.
+H' = H / patch, W' = W / patch. At the end it encodes the data set into the run folder, which stages 2 and 3 read.
 
     python autoencoder.py                                            # moving shapes, minutes on a CPU
-    python autoencoder.py --preset ucf101 --data UCF-101             # your own folder works as well
-    torchrun --nproc-per-node 8 -- autoencoder.py --preset ucf101 --data UCF-101
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -- autoencoder.py ...
+    python autoencoder.py --preset ucf101 --data UCF-101             # or a folder of your own videos
+    torchrun --nproc-per-node 8 autoencoder.py --preset ucf101 --data UCF-101
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 autoencoder.py ...
 
-Where we differ from the paper: depth 8 and heads of 48, the size that its table 8 reports the cost of (table 5 prints
-12 and 64). From the authors' release: positions in both trunks (without them a trunk cannot tell frame 1 from frame 9,
-nor left from right), any size and length, no discriminator. What the shapes preset changes stands beside it below.
+Where we differ from the paper: depth 8 and heads of 48, the size whose cost its table 8 reports (table 5 prints 12 and
+64). From the authors' release: positions in both transformers (without them they cannot tell frame 1 from frame 9, nor
+left from right), any size and length, no discriminator. What the shapes preset changes is said beside it, below.
 """
 
-import _compat_pickle
 import argparse
 import builtins
-import contextlib
-import json
+import hashlib
+import math
 import os
-import pickle
-import shutil
-import struct
-import time
+import sys
 import zipfile
 from collections import OrderedDict
 from itertools import islice
@@ -38,38 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import (
-    COUNT,
-    SEED,
-    BadVideo,
-    Flags,
-    InputError,
-    Log,
-    StopSignal,
-    at_most_cores,
-    autocast,
-    average,
-    check_config,
-    check_finite,
-    check_shard,
-    last_only,
-    learning_rate,
-    load_checkpoint,
-    open_dataset,
-    pair,
-    parse_flags,
-    quiet_worker,
-    run,
-    save_checkpoint,
-    split_batch,
-    start,
-    stream,
-    weights_hash,
-    within,
-    write_json,
-    write_shard,
-    write_sheet,
-)
+import data
+from data import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The video autoencoder
@@ -86,15 +52,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         return self.reduce(self.value(x) * F.gelu(self.gate(x)))
-
-
-def attention_in_parts(q, k, v, axis, heads=65_535, scratch=2**31 - 1):
-    """Attention of q, k, v (batch, heads, N, d), split along axis 0 or 1 where it is too much for CUDA's kernels: they
-    take 65,535 heads, and index their scratch, N and d rounded up to multiples of 128 and 32, with 31 bits."""
-    others, N, d = q.shape[1 - axis], -(-q.shape[2] // 128) * 128, -(-q.shape[3] // 32) * 32
-    most = max(1, min(heads, scratch // (others * N * d)))
-    parts = [F.scaled_dot_product_attention(*part) for part in zip(*(x.split(most, axis) for x in (q, k, v)))]
-    return torch.cat(parts, axis) if len(parts) > 1 else parts[0]
 
 
 class Attention(nn.Module):
@@ -114,6 +71,15 @@ class Attention(nn.Module):
         # Of time: (B, N*heads, L, d), of space: (B*L, heads, N, d)
         x = attention_in_parts(q, k, v, axis=1 if self.over == "time" else 0)
         return self.out(x.transpose(1, 2).reshape(B, L, N, C))
+
+
+def attention_in_parts(q, k, v, axis, heads=65_535, scratch=2**31 - 1):
+    """Attention of q, k, v (batch, heads, N, d), split along axis 0 or 1 where it is too much for CUDA's kernels: they
+    take 65,535 heads, and index their scratch, N and d rounded up to multiples of 128 and 32, with 31 bits."""
+    others, N, d = q.shape[1 - axis], -(-q.shape[2] // 128) * 128, -(-q.shape[3] // 32) * 32
+    most = max(1, min(heads, scratch // (others * N * d)))
+    parts = [F.scaled_dot_product_attention(*part) for part in zip(*(x.split(most, axis) for x in (q, k, v)))]
+    return torch.cat(parts, axis) if len(parts) > 1 else parts[0]
 
 
 class Block(nn.Module):
@@ -169,7 +135,7 @@ class Autoencoder(nn.Module):
     def __init__(self, channels=4, frames=16, size=64, patch=2, width=384, motion_channels=8, depth=8, heads=8,
                  content="weights", smooth=False, squash=False):
         super().__init__()
-        height, wide = pair(size)
+        height, wide = data.pair(size)
         if height % patch or wide % patch:
             raise InputError(f"a frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}: choose a size "
                              f"divisible by {patch}")
@@ -253,7 +219,283 @@ class Autoencoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stable Diffusion's image autoencoder
+# The loss
+
+
+def reconstruction_loss(again, video, kind, lpips=None, one=None):
+    """Mean square ('mse') or absolute ('l1') error between two clips (B, C, L, H, W), a number; with an LPIPS, plus the
+    perceptual distance in one frame of each clip, number one[b], as appendix B has it."""
+    error = again.float() - video
+    loss = error.square().mean() if kind == "mse" else error.abs().mean()
+    if lpips:
+        frame = torch.arange(len(video), device=video.device), slice(None), one
+        loss = loss + lpips(again[frame].float(), video[frame]).mean()
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets and flags
+
+PAPER = dict(  # table 5 and appendix B
+    frames=16, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False, noise=0.0, lr=1e-5,
+    betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0, save_every=2000, preview_every=2000,
+    log_every=50, workers=8,
+)
+PRESETS = {
+    # Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each token, upsampled, because
+    # with one for each pixel so small a model hides information in the content frame as a fine periodic pattern, which
+    # the content model then fails to draw; noise on the motion latent, so that the decoder tolerates small errors of
+    # the motion model; MSE, a higher learning rate that decays, and Adam's usual first beta, because the run is short.
+    "shapes": dict(
+        data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
+        smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay_steps=1400,
+        clips=4000, save_every=500, preview_every=1000, log_every=50, workers=0,
+    ),
+    "ucf101": dict(PAPER, size=[64], channels=3, loss="l1"),  # LPIPS joins where its two weight files are named
+    "webvid_sd15": dict(PAPER, size=[512], channels=4, loss="mse"),
+    "webvid_sd21": dict(PAPER, size=[512, 1024], channels=4, loss="mse"),
+}
+
+
+def flags():
+    parser = data.Flags(__doc__)
+    add = parser.add_run(PRESETS)
+    add("--encode", action="store_true", help="do not train: only encode the data set")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="'shapes', a folder of videos, a CSV of captions, or a folder of .tar shards")
+    add("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
+    add("--split", help="UCF-101 list of the videos to use, such as trainlist01.txt")
+    add("--size", type="count", nargs="+", help="pixels: one number, or height and width")
+    add("--frames", type="count", help="L, frames a clip (table 4b: 16 or 24)")
+    add("--stride", type="count", default=1, help="take every n-th frame of the video")
+    add = parser.add_argument_group("model (table 5)").add_argument
+    add("--sd", help="raw Stable Diffusion or image autoencoder file: clips become its latents")
+    add("--patch", type="count", help="side of a patch, in pixels or latents")
+    add("--width", type="count", help="C', width of the transformers")
+    add("--motion-channels", type="count", help="D (table 4b: 8 or 16)")
+    add("--depth", type="count", help="blocks in the encoder and in the decoder")
+    add("--heads", type="count", help="attention heads, each width / heads wide")
+    add("--content", choices=["weights", "mean", "frame"], default="weights",
+        help="the content frame: learned weights, plain mean (table 4b), or the first frame")
+    add("--smooth", action=argparse.BooleanOptionalAction, help="content weights for each token, not for each pixel")
+    add = parser.add_training()
+    add("--loss", choices=["mse", "l1"], help="squared or absolute error of the frames")
+    add("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: adds LPIPS of one "
+        "random frame of each clip to the loss (pixels only)")
+    add("--noise", type="number", help="standard deviation of the noise on the motion latent")
+    add = parser.add_argument_group("encoding").add_argument
+    add("--clips", type="whole", help="videos to encode; 0: all")
+    add("--clips-per-video", type="count", default=1, help="clips from each video, each from a random start")
+    add("--shard-size", type="count", default=1024, help="clips in a file")
+    return parser
+
+
+def check_flags(args, saved):
+    """Raises InputError for flags that do not fit together."""
+    if not args.data:
+        raise InputError(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions")
+    if args.channels == 3 and args.sd:
+        raise InputError(f"--preset {args.preset} works on pixels: drop --sd, or use --preset webvid_sd15")
+    if args.channels == 4 and args.lpips:
+        raise InputError(f"--lpips compares pixels, and --preset {args.preset} works on latents: drop it")
+    if args.channels == 4 and not args.sd and not saved:
+        raise InputError(f"--preset {args.preset} needs --sd: a raw Stable Diffusion or image autoencoder file")
+    if args.channels == 4 and any(n % (8 * args.patch) for n in args.size):
+        raise InputError(f"--size {' '.join(map(str, args.size))}: height and width must be multiples of "
+                         f"{8 * args.patch}, the image autoencoder's 8 times the patch")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding the data set
+
+
+@torch.no_grad()
+def encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, stop):
+    """Encodes the data set into the run folder's shards, sets the model's mean and deviation of the motion latents, and
+    returns the fingerprint of its weights.
+
+    Shard k belongs to rank k mod world and does not depend on their number; one that is there already is kept, so an
+    interrupted encoding goes on where it stopped.
+    """
+    model.eval()
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(name.encode() + weight.detach().cpu().numpy().tobytes())
+    fingerprint, folder = digest.hexdigest()[:16], f"{args.run_dir}/encodings"
+    settings = dict(fingerprint=fingerprint) | {name: getattr(args, name) for name in (
+        "preset", "data", "captions", "split", "stride", "seed", "clips_per_video", "shard_size")}
+    indices = range(args.clips) if indices is None else indices[: args.clips or None]
+    keys = [(int(index), number) for index in indices for number in range(args.clips_per_video)]
+    shards = [keys[i : i + args.shard_size] for i in range(0, len(keys), args.shard_size)]
+    size = max(1, min(args.batch_size // world, 32))  # clips at once: no more than in training, where they fit
+    todo = {number: [shards[number][i : i + size] for i in range(0, len(shards[number]), size)]
+            for number in range(rank, len(shards), world)
+            if not data.shard_exists(folder, number, settings, len(shards[number]))}
+    plan = [batch for shard in todo.values() for batch in shard]
+    dataset.replace = False
+    batches = data.load(dataset, plan, args.workers, list)
+    with tqdm(total=len(plan), desc="encode", unit="batch", disable=rank > 0) as bar:
+        for first in range(0, len(shards), world):  # in rounds, so that all ranks stop after the same one
+            number, items = first + rank, []
+            parts = [[torch.zeros(0, *shape, dtype=torch.float16) for shape in (model.content_shape, model.motion_shape)]]
+            for batch in islice(batches, len(todo.get(number, ()))):
+                bar.update()
+                batch = [item for item in batch if item]  # None stands for an unusable clip
+                if batch and not stop.received:
+                    # Not under autocast: Stable Diffusion's latents as precise as those it was trained on.
+                    frames = to_frames(torch.stack([item["video"] for item in batch]).to(device), image)
+                    with autocast:
+                        parts.append([latent.half().cpu() for latent in model.encode(frames)])
+                    items += batch
+            if stop:
+                bar.close()
+                raise KeyboardInterrupt("stopped while encoding: --encode goes on after the shards that are written")
+            if number in todo:
+                data.write_shard(folder, number, settings | dict(keys=len(shards[number])), parts, items)
+    mean, std = data.finish_encodings(folder, len(shards), settings, keys=len(keys), classes=dataset.classes)
+    model.motion_mean.copy_(mean[:, None, None])
+    model.motion_std.copy_(std[:, None, None])
+    return fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def load_autoencoder(run_dir, device):
+    """(Autoencoder, ImageAutoencoder or None where frames are pixels, checkpoint) of a run folder, ready for use."""
+    state = data.load_checkpoint(f"{run_dir}/autoencoder.pt", "autoencoder")
+    model = Autoencoder(**state["config"])
+    model.load_state_dict(state["model"])
+    image = state["image_autoencoder"] and open_image_autoencoder(state["image_autoencoder"], device)
+    return model.requires_grad_(False).eval().to(device), image, state
+
+
+def psnr(a, b):
+    """Mean over clips of the PSNR in dB, for values in [-1, 1]."""
+    return (10 * torch.log10(4 / (a - b).float().square().flatten(1).mean(1).clamp_min(1e-12))).mean().item()
+
+
+@torch.no_grad()
+def evaluate(model, image, dataset, indices, picture):
+    """{psnr, psnr_of_mean_frame} in dB: of the reconstruction, and of repeating the mean frame. Draws a picture with a
+    row a clip: input, content frame, reconstruction."""
+    model.eval()
+    ours, mean, rows = [], [], []
+    for index in indices:
+        video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
+        content, motion = model.encode(to_frames(video, image))
+        again = to_pixels(model.decode(content, motion), image)
+        ours.append(psnr(again, video))
+        mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
+        if len(rows) < 8:  # every fourth frame
+            still = to_pixels(content[:, :, None], image)
+            rows.append(torch.cat([video[0, :, ::4], still[0], again[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
+    data.write_sheet(picture, rows, columns=1, frames=rows[0].shape[1])
+    model.train()
+    scores = dict(psnr=float(np.mean(ours)), psnr_of_mean_frame=float(np.mean(mean)))
+    tqdm.write(f"PSNR {scores['psnr']:.1f} dB on {len(ours)} test clips, repeating the mean frame "
+               f"{scores['psnr_of_mean_frame']:.1f} dB")
+    return scores
+
+
+def main():
+    args, saved = flags().parse(PRESETS, "autoencoder")
+    check_flags(args, saved)
+    rank, world, device, dtype = data.start(args)
+    autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
+    path = f"{args.run_dir}/autoencoder.pt"
+
+    # Model
+    image_weights = saved and saved["image_autoencoder"]
+    if args.sd and not saved:  # kept in half precision, since it is only read
+        image_weights = {name: tensor.half() for name, tensor in load_image_autoencoder(args.sd).state_dict().items()}
+    image = image_weights and open_image_autoencoder(image_weights, device)
+    config = {name: getattr(args, name) for name in (
+        "channels", "frames", "patch", "width", "motion_channels", "depth", "heads", "content", "smooth")}
+    config |= dict(size=[n // 8 for n in args.size] if image else args.size, squash=image is None)
+    model = Autoencoder(**config).to(device)
+    model.encoder.checkpointing = model.decoder.checkpointing = args.checkpointing
+    lpips = load_lpips(*args.lpips).to(device) if args.lpips else None
+    weights, first = list(model.parameters()), 0
+    optimizer = torch.optim.Adam(weights, lr=args.lr, betas=args.betas, fused=True)
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    reconstruct = torch.compile(model) if args.compile else model
+    if world > 1:
+        reconstruct = DistributedDataParallel(reconstruct, gradient_as_bucket_view=True)
+
+    # Data
+    dataset, indices, test_set, test = data.open_dataset(args.data, args.frames, args.size, args.stride, args.split,
+                                                         args.captions, args.seed)
+    clips = data.batches(dataset, args.batch_size, args.seed, first, args.workers, indices)
+    share = args.batch_size // world
+    mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
+    size = share // args.accumulate
+    parts = [slice(i, i + size) for i in range(0, share, size)]  # rows that pass through the model together
+
+    log = data.Log(args, "autoencoder", first, device, saved and saved["log"])
+
+    def save(step, fingerprint=None):
+        data.save_checkpoint(path, dict(
+            stage="autoencoder", step=step, args=vars(args), config=config, classes=dataset.classes,
+            fingerprint=fingerprint, model=model.state_dict(), optimizer=optimizer.state_dict(), log=log.state(),
+            image_autoencoder=image_weights))
+
+    stop, generator = data.StopSignal(), torch.Generator(device)
+    last = first if args.encode else max(first, args.steps)
+    data.print_once(f"autoencoder: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, steps {first} to {last}, "
+                    f"{path}; {device}, {dtype}")
+    bar = tqdm(range(first, last), initial=first, total=last, desc="autoencoder", disable=rank > 0)
+    for step in bar:
+        # The random numbers of step s depend on (seed, s) alone, and are drawn for the whole batch, of which each rank
+        # takes its rows: so a resumed run, or one on more ranks, sees the same ones.
+        generator.manual_seed(args.seed * 1_000_003 + step)
+        noise = args.noise * torch.randn(args.batch_size, *model.motion_shape, generator=generator, device=device)[mine]
+        one = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]  # for LPIPS
+        video = to_frames(next(clips)["video"].to(device, non_blocking=True), image)
+
+        loss = 0
+        for part in parts:
+            reconstruct.require_backward_grad_sync = part is parts[-1]  # ranks exchange gradients once a step
+            with autocast:
+                again = reconstruct(video[part], noise[part])
+            error = reconstruction_loss(again, video[part], args.loss, lpips, one[part]) / len(parts)
+            error.backward()
+            loss += error.detach()
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
+        lr = args.lr
+        if args.decay_steps:  # a short rise, then a cosine fall to a hundredth
+            fall = 0.5 + 0.5 * math.cos(math.pi * min(1, step / args.decay_steps))
+            lr = lr * min(1, (step + 1) / (0.05 * args.decay_steps)) * max(0.01, fall)
+        optimizer.param_groups[0]["lr"] = lr
+        if finite := norm.isfinite().item():  # else the step is skipped
+            optimizer.step()
+        optimizer.zero_grad()
+
+        # The rest is logging, pictures and saving.
+        log.add(loss, finite)
+        done, stopping = step + 1, bool(stop)
+        preview = (done % args.preview_every == 0 or done == last) and not stopping
+        scores = {}
+        if preview and rank == 0:
+            picture = f"{args.run_dir}/previews/autoencoder-{done:06d}.png"
+            scores = evaluate(model, image, test_set, test[: 240 if done == last else 32], picture)
+        if preview or done % args.log_every == 0:
+            log.write(bar, done, lr=lr, grad_norm=norm.item(), **scores)
+        if done % args.save_every == 0 or done == last or stopping:
+            save(done)
+        if stopping:
+            bar.close()
+            raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
+    fingerprint = encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, stop)
+    save(last, fingerprint)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix: Stable Diffusion's image autoencoder
 
 
 def image_norm(channels):
@@ -361,31 +603,24 @@ class ImageAutoencoder(nn.Module):
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in latents.split(chunk)]).float()
 
 
+def load_image_autoencoder(path):
+    """The ImageAutoencoder (float32, frozen, on the CPU) of a full Stable Diffusion file or of its own."""
+    tensors = find_part(read_checkpoint(path), "first_stage_model.", ["encoder.conv_in.weight", "quant_conv.weight"],
+                        f"{path} holds no Stable Diffusion image autoencoder")
+    own = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # leaves 'loss.' and 'model_ema.' out
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(own)}
+    for name, tensor in tensors.items():
+        if ".attn_1." in name and tensor.ndim == 2:  # newer files store these 1x1 convolutions as linear layers
+            tensors[name] = tensor[:, :, None, None]
+    return build_image_autoencoder(tensors, f"{path}: the image autoencoder")
+
+
 def build_image_autoencoder(tensors, what):
-    """An ImageAutoencoder (frozen) with these tensors, which also tell its width. `what` opens the InputError."""
+    """A frozen ImageAutoencoder with these tensors, which also tell its width."""
     with torch.device("meta"):
         model = ImageAutoencoder(channels=len(tensors["encoder.conv_in.weight"]))
     load_weights(model, tensors, what)
     return model.eval().requires_grad_(False)
-
-
-def load_image_autoencoder(path):
-    """The ImageAutoencoder (float32, frozen, on the CPU) of a full Stable Diffusion file or its own. Or InputError."""
-    tensors = read_checkpoint(path)
-    tensors = with_prefix(tensors, "first_stage_model.") or tensors
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # leaves 'loss.' and 'model_ema.' out
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith(parts)}
-    if "encoder.conv_in.weight" not in own or "encoder.down.0.block.0.conv1.weight" not in own:
-        raise InputError(f"{path} holds no Stable Diffusion image autoencoder: {describe(tensors)}")
-    for name, tensor in own.items():
-        if ".attn_1." in name and tensor.ndim == 2:  # newer files store these 1x1 convolutions as linear layers
-            own[name] = tensor[:, :, None, None]
-    return build_image_autoencoder(own, f"{path}: the image autoencoder")
-
-
-def half(module):
-    """A frozen module's weights as the run folder keeps them."""
-    return {name: tensor.half() for name, tensor in module.state_dict().items()}
 
 
 def open_image_autoencoder(tensors, device):
@@ -412,7 +647,7 @@ def to_pixels(video, image):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loss
+# Appendix: LPIPS
 
 
 class LPIPS(nn.Module):
@@ -450,12 +685,10 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(vgg_path, lpips_path):
-    """LPIPS from torchvision's vgg16-397923af.pth and LPIPS's own vgg.pth (version 0.1). Raises InputError."""
-    vgg, own = read_checkpoint(vgg_path), read_checkpoint(lpips_path)
-    if "features.0.weight" not in vgg:
-        raise InputError(f"{vgg_path} is not torchvision's vgg16-397923af.pth: {describe(vgg)}")
-    if "lin0.model.1.weight" not in own:
-        raise InputError(f"{lpips_path} is not LPIPS's vgg.pth: {describe(own)}")
+    """LPIPS from torchvision's vgg16-397923af.pth and LPIPS's own vgg.pth (version 0.1)."""
+    vgg = find_part(read_checkpoint(vgg_path), "", ["features.0.weight"],
+                    f"{vgg_path} is not torchvision's vgg16-397923af.pth")
+    own = find_part(read_checkpoint(lpips_path), "", ["lin0.model.1.weight"], f"{lpips_path} is not LPIPS's vgg.pth")
     tensors = {name: tensor for name, tensor in vgg.items() if name.startswith("features.")}
     tensors |= {name.replace("lin", "lin.").replace("model.1.", ""): tensor for name, tensor in own.items()}
     model = LPIPS()
@@ -463,136 +696,49 @@ def load_lpips(vgg_path, lpips_path):
     return model
 
 
-def reconstruction_loss(again, video, kind, lpips=None, one=None):
-    """Mean square ('mse') or absolute ('l1') error between two clips (B, C, L, H, W), a number; with an LPIPS, plus the
-    perceptual distance in one frame of each clip, number one[b], as appendix B has it."""
-    error = again.float() - video
-    loss = error.square().mean() if kind == "mse" else error.abs().mean()
-    if lpips:
-        frame = torch.arange(len(video), device=video.device), slice(None), one
-        loss = loss + lpips(again[frame].float(), video[frame]).mean()
-    return loss
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading raw checkpoints
-#
-# torch.load would not do: weights_only=True refuses Stable Diffusion's .ckpt, which has Lightning's objects beside the
-# weights, and with an unpickler of ours it still runs TorchScript and writes the patch files of its old source check.
-
-# What no file of weights needs: one that names it is refused aloud, though nothing that a file names is ever called.
-ATTACKS = set("os posix nt subprocess sys runpy importlib shutil socket pickle _pickle ctypes pty".split())
-STORAGES = dict(Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16,
-                Long=torch.int64, Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8,
-                Bool=torch.bool, Untyped=torch.uint8)
+# Appendix: reading raw checkpoints
 
 
 class Inert(dict):
-    """Stands for an object of any class in a pickle: takes every call, keeps dictionary items, does nothing else."""
+    """Stands in for an object of any class in a pickle: accepts every call and does nothing."""
 
     def ignore(self, *args, **kwargs):
         pass
 
-    def __call__(self, *args, **kwargs):
-        return self
-
     __init__ = __setstate__ = append = extend = add = ignore
-    __hash__, __eq__ = object.__hash__, object.__eq__  # Lightning uses classes' instances as keys
+    __hash__, __eq__ = object.__hash__, object.__eq__  # Lightning uses classes as keys
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Reads a pickle of tensors without importing or running anything that it names: only tensors, their storages and
-    OrderedDict are built, all else is Inert. storage(dtype, key, ...) gives a storage's data as a flat tensor."""
-
-    def __init__(self, file, storage):
-        super().__init__(file, encoding="latin1")
-        self.storage = storage
-
-    def persistent_load(self, key):
-        return self.storage(*key[1:])
-
-    def find_class(self, module, name):
-        names, modules = _compat_pickle.NAME_MAPPING, _compat_pickle.IMPORT_MAPPING  # Python 2's names
-        module, name = names.get((module, name), (modules.get(module, module), name))
-        full = f"{module}.{name}"
-        if (ATTACKS.intersection(full.split(".")[:-1]) or full == "io.open"
-                or module == "builtins" and not isinstance(getattr(builtins, name, None), type)):
-            raise InputError(f"is refused: reading it as its author meant would call {full}, so it is not only weights."
-                             " Nothing of it was run; get the file from its original place")
-        if module.startswith("torch") and name.removesuffix("Storage") in STORAGES:
-            return STORAGES[name.removesuffix("Storage")]
-        # A new function each time, so that a pickle that sets attributes on it reaches nobody else.
-        if full in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-            return lambda data, offset, size, stride, *_: data.as_strided(size, stride, data.storage_offset() + offset)
-        if full in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
-            return lambda data, *_: data
-        if full == "torch._tensor._rebuild_from_type_v2":
-            return lambda function, kind, args, state: function(*args)
-        return OrderedDict if full == "collections.OrderedDict" else type(name, (Inert,), {})
+# The modules of Python's own library that checkpoints name for harmless reasons.
+HARMLESS = set("argparse collections copyreg datetime decimal enum pathlib types typing uuid _codecs".split())
 
 
-def read_zip(file):
-    """PyTorch's zip format (1.6 and later). Tensors are views of the mapped file: nothing is read before it is used."""
-    archive = zipfile.ZipFile(file)
-    entries = {name.split("/", 1)[-1]: name for name in archive.namelist()}
-    if "constants.pkl" in entries:
-        raise InputError("is a TorchScript program, not weights: save its state_dict() with torch.save instead")
-    if "data.pkl" not in entries:
-        raise InputError(f"is a zip archive of something else than weights (it holds {archive.namelist()[0]})")
-    mapped = torch.from_file(file.name, size=os.path.getsize(file.name), dtype=torch.uint8)  # private: copied on write
-
-    def storage(dtype, key, location, count):
-        entry = archive.getinfo(entries[f"data/{key}"])
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < count * dtype.itemsize:
-            raise ValueError(f"storage {key} is compressed or too short")
-        file.seek(entry.header_offset + 26)  # where the lengths of the two fields before the data stand
-        begin = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-        return mapped[begin : begin + count * dtype.itemsize].view(dtype)
-
-    return TensorUnpickler(archive.open(entries["data.pkl"]), storage).load()
+def stand_in(name):
+    """A class of its own for a class that a checkpoint names. InputError for functions and for what can run commands:
+    torch would not call them either, but a file that names them is not only weights."""
+    module, _, attribute = name.rpartition(".")
+    top = module.split(".")[0]
+    if top in sys.stdlib_module_names - HARMLESS and not (
+            top == "builtins" and isinstance(getattr(builtins, attribute, None), type)):
+        raise InputError(f"is refused: loading it normally would call {name}, so it is not only weights. Nothing of it "
+                         "was run; get the file from its original place")
+    return type(attribute, (Inert,), {}), name
 
 
-def read_legacy(file):
-    """PyTorch's format before 1.6: pickles one after another, then the storages' bytes, in a list of keys' order."""
-    storages = {}
-
-    def storage(dtype, key, location, count, view=None):
-        if key not in storages:
-            storages[key] = torch.empty(count, dtype=dtype)  # filled below
-        return storages[key] if view is None else storages[key][view[1] : view[1] + view[2]]
-
-    def load():
-        return TensorUnpickler(file, storage).load()
-
-    if load() != 0x1950A86A20F9469CFC6C:
-        raise InputError("is a pickle, but not one that PyTorch wrote: save tensors with torch.save")
-    _version, _system, tree, keys = load(), load(), load(), load()
-    for key in keys:
-        file.seek(8, os.SEEK_CUR)  # the number of elements, known already
-        data = storages[key].view(torch.uint8).numpy()
-        if file.readinto(data) < len(data):
-            raise EOFError(f"storage {key} is too short")
-    return tree
-
-
-def read_tree(file):
+def read_tree(path):
     """What a file of weights holds, as nested dictionaries; its format is told by its first bytes."""
-    head = file.read(512)
-    file.seek(0)
+    with open(path, "rb") as file:
+        head = file.read(64)
     if head[8:9] == b"{":
-        with safe_open(file.name, framework="pt") as tensors:
-            return (tensors.metadata() or {}) | {name: tensors.get_tensor(name) for name in tensors.keys()}
-    if head.startswith(b"PK\3\4"):
-        return read_zip(file)
-    if head.startswith(b"\x80"):
-        return read_legacy(file)
-    if not head:
-        raise InputError("is empty: download it again")
-    if head.lstrip().startswith(b"<"):
-        raise InputError("is a web page, not weights: its download was refused or needs a login")
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError("is a Git LFS pointer, not the weights: fetch them with 'git lfs pull'")
-    raise InputError(f"is neither .safetensors nor a PyTorch checkpoint (it starts {head[:12]!r})")
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}
+    try:  # the names of all that torch would refuse
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except ValueError:  # not the zip format, but perhaps that from before PyTorch 1.6
+        names = []
+    with torch.serialization.safe_globals([stand_in(name) for name in names]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def find_tensors(tree):
@@ -606,439 +752,61 @@ def find_tensors(tree):
             if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
 
 
-def find_hints(tree, prefix=""):
-    """The strings in nested dictionaries, by dotted name: hyper-parameters, for the most part."""
-    hints = {}
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, str):
-            hints[f"{prefix}{key}"] = value
-        hints |= find_hints(value, f"{prefix}{key}.")
-    return hints
-
-
-def read_checkpoint(path, hints=None):
+def read_checkpoint(path):
     """Raw weights: .safetensors, or PyTorch's .ckpt / .pt / .pth in its zip or old format, told apart by content.
 
     Returns {name: tensor} on the CPU, in the file's dtype; most are views of the mapped file, so copy what you keep.
-    Nothing in the file is ever run or imported: what is no tensor (Lightning's objects, optimizers) is dropped, and so
-    are the levels around the tensors ('state_dict', 'ema' before 'model' and the like). `hints`, a dictionary, receives
-    the strings beside them: a safetensors file's metadata, a pickle's hyper-parameters. Raises InputError for anything
-    else than weights, a damaged file, and one that tries to run code.
+    Nothing in the file is run: what is not a tensor (Lightning's objects, optimizers) is dropped, and so are the levels
+    around the tensors ('state_dict', 'ema' before 'model' and the like). Raises InputError for anything else.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise InputError(f"{path} is a folder, not weights" if os.path.isdir(path) else f"{path}: no such file")
     try:
-        with open(path, "rb") as file:
-            tree = read_tree(file)
-        tensors = find_tensors(tree)
-        if hints is not None:
-            hints |= find_hints(tree)
+        tensors = find_tensors(read_tree(path))
     except InputError as error:
         raise InputError(f"{path} {error}") from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{path} is cut short or damaged: download it again, and compare its size with the"
-                         f" original's ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+        with open(path, "rb") as file:
+            head = file.read(16)
+        raise InputError(f"{path} is damaged, or not a file of weights: it starts with {head}, and reading it ended "
+                         f"in {type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
     for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's
         if all(name.startswith(wrapper) for name in tensors):
-            tensors = with_prefix(tensors, wrapper)
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     if not tensors:
         raise InputError(f"{path} holds no tensors by name: save a state_dict(), not a whole model, with torch.save")
     return tensors
 
 
-def with_prefix(tensors, prefix):
-    """The tensors whose names start with `prefix`, under their names without it."""
-    return {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def describe(tensors):
-    """What a file seems to be, from its tensors' names: for the error when it is not what was asked for."""
+def find_part(tensors, prefix, names, what):
+    """The tensors whose names start with `prefix`, without it; all of them in a file that holds this part alone. Raises
+    InputError, which `what` opens, where one of `names` is not among them: it says what the file seems to be."""
+    part = {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)} or tensors
+    if set(names) <= part.keys():
+        return part
     kinds = {"lora_": "a LoRA, which is a change to a model and not a model", "control": "a ControlNet",
              "conditioner.embedders.": "SDXL", "label_emb.": "SDXL", "joint_blocks.": "SD 3", "double_blocks.": "Flux",
              "down_blocks.": "in diffusers' format; the single original file is needed",
              "transformer_blocks.": "a Stable Diffusion U-Net", "encoder.down.": "Stable Diffusion's image autoencoder",
              "visual.": "a whole CLIP", "text_model.": "a CLIP text encoder", "resblocks.": "a CLIP text encoder",
              "y_embedder.": "a DiT", "features.0.weight": "torchvision's VGG", "lin0.model.1.": "LPIPS's own layer"}
-    for part, kind in kinds.items():
-        if found := [name for name in tensors if part in name]:
-            return f"it seems to be {kind} ({found[0]})"
-    return f"it holds {len(tensors)} tensors, the first named {', '.join(list(tensors)[:3])}"
+    for mark, kind in kinds.items():
+        if found := [name for name in tensors if mark in name]:
+            raise InputError(f"{what}: it seems to be {kind} ({found[0]})")
+    raise InputError(f"{what}: it holds {len(tensors)} tensors, the first named {', '.join(list(tensors)[:3])}")
 
 
 def load_weights(module, tensors, what):
-    """Loads {name: tensor} into a module, which may be on the meta device, in its dtype. Raises InputError that names,
-    after `what`, the missing, unexpected and misshaped tensors."""
+    """Loads {name: tensor} into a module, which may be on the meta device, in its dtype. Raises InputError, which
+    `what` opens, for missing, unexpected and misshaped tensors."""
     own = module.state_dict()
-    faults = {
-        "missing": [name for name in own if name not in tensors],
-        "not part of it": [name for name in tensors if name not in own],
-        "of another shape": [f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-                             for name in own if name in tensors and tensors[name].shape != own[name].shape]}
-    faults = [f"{len(names)} tensors {fault} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-              for fault, names in faults.items() if names]
-    if faults:
-        raise InputError(f"{what}: {'; '.join(faults)}")
-    if any(tensor.is_meta for tensor in own.values()):  # copies, so that the file may go while the model trains
-        module.load_state_dict({name: tensors[name].to(own[name].dtype, copy=True) for name in own}, assign=True)
-    else:
-        module.load_state_dict(tensors)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets and flags
-
-PAPER = dict(  # table 5 and appendix B
-    frames=16, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False, noise=0.0, lr=1e-5,
-    betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0, save_every=2000, preview_every=2000,
-    log_every=50, workers=8,
-)
-PRESETS = {
-    # Embedded data, minutes on a CPU. Against the paper: a tenth of the width; one content weight a token, upsampled,
-    # because with one a pixel so small a model hides information in the content frame as a fine periodic pattern, which
-    # the content model then fails to draw; noise on the motion latent, so that the decoder forgives the motion model's
-    # small errors; MSE, a higher learning rate that decays, and Adam's usual first beta, because the run is short.
-    "shapes": dict(
-        data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
-        smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay_steps=1400,
-        clips=4000, save_every=500, preview_every=1000, log_every=50, workers=0,
-    ),
-    "ucf101": dict(PAPER, size=[64], channels=3, loss="l1"),  # LPIPS joins where its two weight files are named
-    "webvid_sd15": dict(PAPER, size=[512], channels=4, loss="mse"),
-    "webvid_sd21": dict(PAPER, size=[512, 1024], channels=4, loss="mse"),
-}
-
-
-def flags():
-    parser = Flags(__doc__.split("\n")[0])
-    add = parser.add_argument_group("run").add_argument
-    add("--preset", choices=PRESETS, help="fills every default below (default: the run's, else shapes)")
-    add("--run", help="run folder (default: runs/PRESET)")
-    add("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    add("--encode", action="store_true", help="train no further: only encode the data set")
-    add("--seed", type=SEED, default=0, help="of the weights, the clips, their order and the noise")
-    add("--workers", type=within(0), help="loader processes on each rank, at most one a core")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", help="'shapes', a folder of videos, a CSV of captions, or a folder of .tar shards")
-    add("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
-    add("--split", help="UCF-101 list of the videos to use, such as trainlist01.txt")
-    add("--size", type=COUNT, nargs="+", help="pixels: one number, or height and width")
-    add("--frames", type=COUNT, help="L, frames a clip (table 4b: 16 or 24)")
-    add("--stride", type=COUNT, default=1, help="take every n-th frame of the video")
-    add = parser.add_argument_group("model (table 5)").add_argument
-    add("--sd", help="raw Stable Diffusion or image autoencoder file: clips become its latents")
-    add("--patch", type=COUNT, help="side of a patch, in pixels or latents")
-    add("--width", type=COUNT, help="C', width of the trunks")
-    add("--motion-channels", type=COUNT, help="D (table 4b: 8 or 16)")
-    add("--depth", type=COUNT, help="blocks in each trunk")
-    add("--heads", type=COUNT, help="attention heads, each width / heads wide")
-    add("--content", choices=["weights", "mean", "frame"], default="weights",
-        help="the content frame: learned weights, plain mean (table 4b), or the first frame")
-    add("--smooth", action=argparse.BooleanOptionalAction, help="content weights a token, not a pixel")
-    add = training_flags(parser)
-    add("--loss", choices=["mse", "l1"], help="squared or absolute error of the frames")
-    add("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: adds LPIPS of one "
-        "random frame a clip to the loss (pixels only)")
-    add("--noise", type=within(0, kind=float), help="deviation of the noise on the motion latent")
-    add = parser.add_argument_group("encoding").add_argument
-    add("--clips", type=within(0), help="clips to encode; 0: one of every video")
-    add("--clips-per-video", type=COUNT, default=1, help="random starts of each video")
-    add("--shard-size", type=COUNT, default=1024, help="clips a shard")
-    return parser
-
-
-def training_flags(parser):
-    """Adds the flags that all three stages train with; returns what adds further ones to their group."""
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=COUNT, help="steps in all")
-    add("--batch-size", type=COUNT, help="clips a step, over all ranks")
-    add("--accumulate", type=COUNT, default=1, help="split each rank's batch into so many passes")
-    add("--lr", type=within(0, kind=float), help="Adam's learning rate")
-    add("--decay-steps", type=within(0), help="short rise, cosine decay of the rate by this step; 0 keeps it constant")
-    add("--clip", type=within(0, kind=float), default=1.0, help="largest gradient norm")
-    add("--dtype", choices=["float32", "bfloat16"],
-        help="of the model's arithmetic, not of its weights (default: bfloat16 on a GPU, float32 on a CPU)")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpointing", action="store_true", help="less memory, a third more time")
-    add("--log-every", type=COUNT, help="steps between rows of the log")
-    add("--save-every", type=COUNT, help="steps between checkpoints")
-    add("--preview-every", type=COUNT, help="steps between pictures in previews/")
-    return add
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding the data set
-
-
-class Readable(torch.utils.data.Dataset):
-    """Batches without their broken clips, in whose place training reads others."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitems__(self, keys):
-        items = []
-        for key in keys:
-            with contextlib.suppress(BadVideo):
-                items.append(self.dataset.read(*key))
-        return items
-
-
-def encode_shard(args, batches, model, image, device, stop):
-    """One shard, as write_shard takes it, from lists of items. None where `stop` was asked for: half a shard is none.
-
-    Its `sums` are those of the motion latents and of their squares, by channel.
-    """
-    latents, records = [[np.zeros((0, *shape), np.float16) for shape in (model.content_shape, model.motion_shape)]], []
-    for items in filter(None, batches):
-        if stop.asked:
-            return None
-        # Not under autocast: Stable Diffusion's latents as precise as those it was trained on.
-        frames = to_frames(torch.stack([item["video"] for item in items]).to(device), image)
-        with autocast(args, device):
-            latents.append([latent.half().cpu().numpy() for latent in model.encode(frames)])
-        records += [dict(label=item["label"], caption=item["caption"]) for item in items]
-    content, motion = (np.concatenate(parts) for parts in zip(*latents))
-    sums = [(motion.astype(np.float64) ** power).sum((0, 2, 3)).tolist() for power in (1, 2)]
-    return dict(content=content, motion=motion, records=records, sums=sums)
-
-
-@torch.no_grad()
-def encode_dataset(args, model, image, dataset, indices, rank, world, device, stop):
-    """Encodes the data set into the run folder's shards and measures the motion latents' mean and deviation.
-
-    Shard k belongs to rank k mod world and does not depend on their number; one that is there already is kept, so an
-    interrupted encoding goes on where it stopped. Returns the weights' hash, or None where `stop` was asked for.
-    """
-    folder = os.path.join(args.run, "encodings")
-    index_path = os.path.join(folder, "index.json")
-    indices = range(args.clips) if indices is None else indices[: args.clips or None]
-    keys = [(int(index), draw) for index in indices for draw in range(args.clips_per_video)]
-    shards = [keys[i : i + args.shard_size] for i in range(0, len(keys), args.shard_size)]
-    paths = [os.path.join(folder, f"shard-{number:05d}") for number in range(len(shards))]
-    index = dict(complete=False, fingerprint=weights_hash(dict(model.named_parameters())), keys=len(keys),
-                 shards=len(shards), classes=dataset.classes)
-    for name in ("preset", "data", "shard_size", "stride", "seed", "clips_per_video", "split", "captions"):
-        index[name] = getattr(args, name)
-    if rank == 0:
-        old = index
-        with contextlib.suppress(OSError, ValueError), open(index_path) as file:
-            old = json.load(file)
-        if any(old.get(name) != index[name] for name in index if name != "complete"):
-            print(f"{folder} holds encodings by other weights or settings: they are replaced")
-            shutil.rmtree(folder)
-        os.makedirs(folder, exist_ok=True)
-        write_json(index_path, index)
-    if world > 1:
-        torch.distributed.barrier()
-
-    # Batches in the order of the shards, none across two of them, none larger than training's, which fit.
-    size = max(1, min(args.batch_size // world, 32))
-    todo = {number: [shards[number][i : i + size] for i in range(0, len(shards[number]), size)]
-            for number in range(rank, len(shards), world) if not os.path.isdir(paths[number])}
-    loader = torch.utils.data.DataLoader(
-        Readable(dataset), batch_sampler=[batch for batches in todo.values() for batch in batches],
-        num_workers=at_most_cores(args.workers), collate_fn=list, worker_init_fn=quiet_worker)
-    model.eval()
-    with tqdm(loader, desc="encode", unit="batch", disable=rank > 0) as bar:
-        batches = iter(bar)
-        for first in range(0, len(shards), world):  # in rounds, so that a signal stops all ranks after the same one
-            number = first + rank
-            if number in todo:
-                shard = encode_shard(args, islice(batches, len(todo[number])), model, image, device, stop)
-                if shard:
-                    write_shard(folder, number, **shard)
-            if stop:
-                if rank == 0:
-                    bar.write("stopped while encoding: --encode goes on after the shards that are written")
-                return None
-
-    infos = [check_shard(path, checksums=False) for path in paths]
-    clips = sum(info["clips"] for info in infos)
-    if not clips:
-        raise InputError(f"not one clip of {args.data} could be encoded")
-    mean, square = np.sum([info["sums"] for info in infos], 0) / (clips * model.frames * sum(model.grid))
-    std = np.sqrt(np.maximum(square - mean**2, 1e-12))
-    model.motion_mean.copy_(torch.tensor(mean)[:, None, None])
-    model.motion_std.copy_(torch.tensor(std)[:, None, None])
-    if rank == 0:
-        index |= dict(complete=True, clips=clips, left_out=len(keys) - clips, content=model.content_shape,
-                      motion=model.motion_shape, motion_mean=mean.tolist(), motion_std=std.tolist())
-        write_json(index_path, index)
-        left = f", {len(keys) - clips} unreadable left out" if clips < len(keys) else ""
-        print(f"encoded {clips} clips into {folder}{left}")
-    return index["fingerprint"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def check_flags(args, resuming):
-    """Raises InputError for flags that do not fit together."""
-    if len(args.size) > 2:
-        raise InputError("--size takes one number, or height and width")
-    if not args.data:
-        raise InputError(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions")
-    if args.channels == 3:
-        if args.sd:
-            raise InputError(f"--preset {args.preset} works on pixels: drop --sd, or take --preset webvid_sd15")
-        return
-    if args.lpips:
-        raise InputError(f"--lpips compares pixels, and --preset {args.preset} works on latents: drop it")
-    if not args.sd and not resuming:
-        raise InputError(f"--preset {args.preset} needs --sd: a raw Stable Diffusion or image autoencoder file")
-    if any(n % (8 * args.patch) for n in args.size):
-        raise InputError(f"--size {' '.join(map(str, args.size))}: height and width must be multiples of "
-                         f"{8 * args.patch}, the image autoencoder's 8 times the patch")
-
-
-def load_autoencoder(run_folder, device):
-    """(Autoencoder, ImageAutoencoder or None where frames are pixels, checkpoint) of a run folder, ready for use."""
-    state = load_checkpoint(os.path.join(run_folder, "autoencoder.pt"), "autoencoder")
-    model = Autoencoder(**state["config"])
-    model.load_state_dict(state["model"])
-    image = state["image_autoencoder"] and open_image_autoencoder(state["image_autoencoder"], device)
-    return model.requires_grad_(False).eval().to(device), image, state
-
-
-def psnr(a, b):
-    """Mean over clips of the PSNR in dB, for values in [-1, 1]."""
-    return (10 * torch.log10(4 / (a - b).float().square().flatten(1).mean(1).clamp_min(1e-12))).mean().item()
-
-
-@torch.no_grad()
-def evaluate(model, image, dataset, indices, picture):
-    """PSNR in dB of the reconstruction and of repeating the mean frame; writes input, content, reconstruction."""
-    model.eval()
-    ours, mean, rows = [], [], []
-    for index in indices:
-        video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
-        content, motion = model.encode(to_frames(video, image))
-        again = to_pixels(model.decode(content, motion), image)
-        ours.append(psnr(again, video))
-        mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
-        if len(rows) < 8:  # every fourth frame
-            still = to_pixels(content[:, :, None], image)
-            rows.append(torch.cat([video[0, :, ::4], still[0], again[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
-    write_sheet(picture, rows, columns=1, frames=rows[0].shape[1])
-    model.train()
-    return float(np.mean(ours)), float(np.mean(mean))
-
-
-def main():
-    args, saved = parse_flags(flags(), PRESETS, "autoencoder")
-    rank, world, device = start(args.seed)
-    share, parts = split_batch(args, world)
-    path = os.path.join(args.run, "autoencoder.pt")
-    check_flags(args, saved)
-    size = pair(args.size)
-
-    # Model
-    image_state = saved and saved["image_autoencoder"]
-    if args.sd and not saved:
-        image_state = half(load_image_autoencoder(args.sd))
-    image = image_state and open_image_autoencoder(image_state, device)
-    config = dict(channels=args.channels, frames=args.frames, size=[n // 8 for n in size] if image else list(size),
-                  patch=args.patch, width=args.width, motion_channels=args.motion_channels, depth=args.depth,
-                  heads=args.heads, content=args.content, smooth=args.smooth, squash=image is None)
-    if saved:
-        check_config(config, saved, path)
-    model = Autoencoder(**config).to(device)
-    model.encoder.checkpointing = model.decoder.checkpointing = args.checkpointing
-    lpips = load_lpips(*args.lpips).to(device) if args.lpips else None
-    weights = list(model.parameters())
-    optimizer = torch.optim.Adam(weights, lr=args.lr, betas=args.betas, fused=True)
-    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)  # skipped steps: in a row, and in all
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, (loss_sum, bad_row, skipped) = saved["step"], saved["counts"].to(device)
-    reconstruct = torch.compile(model) if args.compile else model
-    if world > 1:
-        reconstruct = DistributedDataParallel(reconstruct, gradient_as_bucket_view=True)
-
-    # Data
-    dataset, indices, test_set, test = open_dataset(args.data, args.frames, size, args.stride, args.split,
-                                                    args.captions, args.seed)
-    batches = stream(dataset, args.batch_size, args.seed, first, args.workers, rank, world, indices)
-    mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
-
-    def save(step, fingerprint=None):
-        save_checkpoint(path, dict(
-            stage="autoencoder", step=step, args=vars(args), config=config, classes=dataset.classes,
-            fingerprint=fingerprint, model=model.state_dict(), optimizer=optimizer.state_dict(),
-            counts=torch.stack([loss_sum, bad_row, skipped]), image_autoencoder=image_state))
-
-    previews = os.path.join(args.run, "previews")
-    os.makedirs(previews, exist_ok=True)
-    log = rank == 0 and Log(os.path.join(args.run, "autoencoder.csv"),
-                            "step loss lr grad_norm skipped clips_per_second psnr psnr_of_mean_frame".split(), first,
-                            (args.log_every, args.preview_every))
-    stop, generator = StopSignal(), torch.Generator(device)
-    last = first if args.encode else max(first, args.steps)
-    if rank == 0:
-        print(f"autoencoder: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, steps {first} to {last}, "
-              f"{args.run}")
-    bar = tqdm(range(first, last), initial=first, total=last, desc="autoencoder", disable=rank > 0)
-    since, clock = first, time.perf_counter()
-    for step in bar:
-        # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
-        # so a resumed run, or one on more ranks, sees the same noise. Seeds are about a million steps apart.
-        video = to_frames(next(batches)["video"].to(device, non_blocking=True), image)
-        generator.manual_seed(args.seed * 1_000_003 + step)
-        noise = args.noise * torch.randn(args.batch_size, *model.motion_shape, generator=generator, device=device)[mine]
-        one = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]  # for LPIPS
-
-        optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
-        for part in parts:
-            with last_only(reconstruct, part, parts):
-                with autocast(args, device):
-                    again = reconstruct(video[part], noise[part])
-                loss = reconstruction_loss(again, video[part], args.loss, lpips, one[part])
-                (loss / len(parts)).backward()
-            loss_sum += loss.detach().nan_to_num(0, 0, 0) / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
-        bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
-        optimizer.found_inf = bad.float()  # so that the device need not be asked
-        optimizer.step()
-        optimizer.zero_grad()
-        bad_row, skipped = (bad_row + 1) * bad, skipped + bad
-
-        # The rest is logging, pictures, saving.
-        done, stopping = step + 1, bool(stop)
-        saving = done % args.save_every == 0 or done == last or stopping
-        logging = done % args.log_every == 0 or done == last
-        row = dict(step=done, lr=lr)
-        if saving or logging:
-            loss_sum = average(loss_sum)
-        if logging:
-            row |= dict(loss=loss_sum.item() / (done % args.log_every or args.log_every), grad_norm=norm.item(),
-                        skipped=int(skipped),
-                        clips_per_second=(done - since) * args.batch_size / (time.perf_counter() - clock))
-            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['clips_per_second']:.1f} clips/s")
-            check_finite(bad_row, done, path)
-        if rank == 0 and (done % args.preview_every == 0 or done == last):
-            row["psnr"], row["psnr_of_mean_frame"] = evaluate(
-                model, image, test_set, test[: 240 if done == last else 32], f"{previews}/autoencoder-{done:06d}.png")
-            bar.write(f"step {done}: PSNR {row['psnr']:.1f} dB on test clips, repeating the mean frame "
-                      f"{row['psnr_of_mean_frame']:.1f} dB")
-        if rank == 0 and (logging or "psnr" in row):
-            log(**row)
-        if done % args.log_every == 0:
-            loss_sum = torch.zeros_like(loss_sum)
-            since, clock = done, time.perf_counter()
-        if rank == 0 and saving:
-            save(done)
-        if stopping:
-            bar.close()
-            if rank == 0:
-                print(f"stopped after step {done}, saved: --resume goes on")
-            return
-    fingerprint = encode_dataset(args, model, image, dataset, indices, rank, world, device, stop)
-    if rank == 0 and fingerprint:
-        save(last, fingerprint)
+    tensors = {name: tensor.to(own[name].dtype if name in own else None, copy=True) for name, tensor in tensors.items()}
+    try:  # with copies, so that the file may go while the model trains
+        module.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())[:400]}") from None
 
 
 if __name__ == "__main__":
-    run(main)
+    data.launch(main)

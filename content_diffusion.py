@@ -4,20 +4,17 @@ Equation 7 and table 7 of the paper. In: content frames (B, C, H, W) that stage 
 Out: a diffusion model p(content | c): a DiT from scratch, or Stable Diffusion's U-Net, fine-tuned with nothing added.
 
     python content_diffusion.py                                      # on the shapes that autoencoder.py encoded
-    python content_diffusion.py --run runs/ucf101                    # the preset is the run's own
-    torchrun --nproc-per-node 8 -- content_diffusion.py --run runs/webvid_sd15 --sd v1-5-pruned.safetensors
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -- content_diffusion.py ...
+    python content_diffusion.py --run-dir runs/ucf101                # the preset is the run's own
+    torchrun --nproc-per-node 8 content_diffusion.py --run-dir runs/webvid_sd15 --sd v1-5-pruned.safetensors
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 content_diffusion.py ...
 
-It needs nothing of stage 3: train both side by side. Where we differ from the authors' release: no learned variance
+It needs nothing from stage 3: train both side by side. Where we differ from the authors' release: no learned variance
 (DDIM with eta 0 never uses it), EMA 0.999 as the paper says, and Stable Diffusion, which the release lacks.
 """
 
 import copy
 import functools
 import math
-import os
-import re
-import time
 import warnings
 
 import torch
@@ -28,40 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from autoencoder import (
-    describe,
-    half,
-    load_autoencoder,
-    load_weights,
-    read_checkpoint,
-    to_pixels,
-    training_flags,
-    with_prefix,
-)
-from data import (
-    COUNT,
-    SEED,
-    EncodedClips,
-    Flags,
-    InputError,
-    Log,
-    StopSignal,
-    autocast,
-    average,
-    check_config,
-    check_finite,
-    last_only,
-    learning_rate,
-    pair,
-    parse_flags,
-    run,
-    save_checkpoint,
-    split_batch,
-    start,
-    stream,
-    within,
-    write_sheet,
-)
+import data
+from autoencoder import find_part, load_autoencoder, load_weights, read_checkpoint, to_pixels
+from data import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Diffusion: noising, and the loss
@@ -98,13 +64,12 @@ class Diffusion:
         signal, noise = self.scales(t, x)
         output = model(signal * x + noise * eps, t).float()
         if self.predict == "x":
-            # The loss of v, in which an error of x counts 1 / noise times. At most 1 / 0.5 times here, or the smallest
-            # noise, under which only fine detail is left to mend, would outweigh all that the eye sees first.
+            # The loss of v, with weight 1 / noise^2, clamped so that low-noise steps do not dominate.
             return ((output - x) / noise.clamp_min(0.5)).square().mean()
         target = eps if self.predict == "eps" else signal * eps - noise * x
         return (output - target).square().mean()
 
-    def split(self, output, x_t, t):
+    def estimates(self, output, x_t, t):
         """The model's output for x_t -> what it takes for the clean x and for the noise eps, both (B, ...)."""
         signal, noise = self.scales(t, x_t)
         if self.predict == "x":
@@ -112,6 +77,84 @@ class Diffusion:
         if self.predict == "v":
             return signal * x_t - noise * output, signal * output + noise * x_t
         return (x_t - noise * output) / signal, output
+
+
+def timesteps(steps):
+    """A list of `steps` timesteps, 1 to 1000 of them (else InputError), evenly from 999 down to 0."""
+    if not 1 <= steps <= 1000:
+        raise InputError(f"{steps} steps: choose 1 to 1000")
+    return torch.linspace(999, 0, steps).round().long().tolist()
+
+
+def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None, progress=iter):
+    """DDIM (Song et al. 2021, equation 12) from noise x (B, ...) to a clean sample of the same shape.
+
+    denoise(x_t, t) returns what the model predicts for timesteps t (B,). eta 0 is deterministic, 1 is ancestral; its
+    noise comes from `generators`, one a sample. bounds: (low, high) that the clean x is known to lie in. progress wraps
+    the list of steps, as tqdm does.
+    """
+    times = timesteps(steps)
+    abars = diffusion.abar[times]
+    for time, abar, after in progress(list(zip(times, abars, [*abars[1:], torch.ones_like(abars[0])]))):
+        t = torch.full((len(x),), time, device=x.device)
+        x0, eps = diffusion.estimates(denoise(x, t), x, t)
+        if bounds is not None:
+            x0 = x0.clamp(*bounds)
+            eps = (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+        sigma = eta * ((1 - after) / (1 - abar) * (1 - abar / after)).sqrt()  # 0 in the last step
+        x = after.sqrt() * x0 + (1 - after - sigma**2).clamp_min(0).sqrt() * eps
+        if eta:
+            x = x + sigma * gaussian(generators, x)
+    return x
+
+
+def dpm(denoise, x, diffusion, steps=20, eta=0.0, generators=None, bounds=None, progress=iter):
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order in the log signal-to-noise ratio, one call a step.
+
+    The same arguments as ddim, but eta is not used: it is deterministic. Its timesteps are even in that ratio, not in
+    t: even in t, its last step would span half of the ratio's range and spoil the rest.
+    """
+    ratio = 0.5 * torch.logit(diffusion.abar)  # lambda_t = log(sqrt(abar) / sqrt(1 - abar))
+    even = torch.linspace(ratio[999], ratio[0], len(timesteps(steps)), device=ratio.device)
+    times = sorted({(ratio - value).abs().argmin().item() for value in even}, reverse=True)
+    following = dict(zip(times, times[1:]))
+    x0_before = h_before = None
+    for time in progress(times):
+        t = torch.full((len(x),), time, device=x.device)
+        x0, _ = diffusion.estimates(denoise(x, t), x, t)
+        if bounds is not None:
+            x0 = x0.clamp(*bounds)
+        if time not in following:
+            return x0
+        abar, after = diffusion.abar[time], diffusion.abar[following[time]]
+        h = ratio[following[time]] - ratio[time]
+        mean = x0
+        if x0_before is not None:
+            mean = x0 + h / (2 * h_before) * (x0 - x0_before)
+        x = ((1 - after) / (1 - abar)).sqrt() * x - after.sqrt() * torch.expm1(-h) * mean
+        x0_before, h_before = x0, h
+    return x
+
+
+SAMPLERS = {"ddim": ddim, "dpm++": dpm}
+
+
+def guided(predict, condition, nothing, scale):
+    """denoise(x_t, t) with classifier-free guidance, both branches in one batch. predict(x, t, condition)."""
+    if scale == 1:
+        return lambda x, t: predict(x, t, condition)
+    both = torch.cat([condition, nothing])
+
+    def denoise(x, t):
+        with_, without = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return without + scale * (with_ - without)
+
+    return denoise
+
+
+def gaussian(generators, like):
+    """Noise of the shape of `like`, each sample's from its own CPU generator: the same in any batch, on any device."""
+    return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +310,7 @@ class DiT(nn.Module):
     def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, classes=1000):
         super().__init__()
         self.channels, self.patch, self.classes = channels, patch, classes
-        height, wide = pair(size)
+        height, wide = data.pair(size)
         if height % patch or wide % patch:
             raise InputError(f"a content frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}")
         self.grid = (height // patch, wide // patch)
@@ -291,7 +334,198 @@ class DiT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stable Diffusion's U-Net
+# Presets and flags
+
+PAPER = dict(  # table 7
+    patch=2, predict="eps", lr=1e-4, batch_size=256, decay_steps=0, ema=0.999, drop=0.1, save_every=2000,
+    preview_every=2000, log_every=50, workers=8,
+)
+PRESETS = {
+    # Unlike the paper: a small DiT that predicts the clean frame, which is what a narrow model does best; a higher
+    # learning rate, which decays; a shorter EMA. In every preset label embeddings start at standard deviation 1: DiT's
+    # 0.02 takes long to grow.
+    "shapes": dict(
+        model="mini", patch=4, predict="x", schedule="linear", lr=3e-3, batch_size=16, steps=2200, decay_steps=2200,
+        ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
+    ),
+    # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
+    "ucf101": dict(PAPER, model="XL", schedule="linear", steps=111_762),
+    "webvid_sd15": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
+    "webvid_sd21": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
+}
+
+
+def flags():
+    parser = data.Flags(__doc__)
+    add = parser.add_run(PRESETS)
+    add("--data", help="the data set that was encoded; only checked against the encodings")
+    add = parser.add_argument_group("model (table 7)").add_argument
+    add("--model", choices=[*DIT_SIZES, "sd"], help="DiT's size, or sd: Stable Diffusion's U-Net")
+    add("--patch", type="count", help="DiT's patch on the content frame")
+    add("--sd", help="raw Stable Diffusion 1.5 or 2.1-base file to start from, for --model sd")
+    add("--dit", help="raw ImageNet DiT file to start a DiT from, such as DiT-XL-2-256x256.pt")
+    add = parser.add_argument_group("diffusion").add_argument
+    add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean latent")
+    add("--schedule", choices=["linear", "scaled_linear"], help="betas: DiT's, or Stable Diffusion's")
+    add("--drop", type="share", help="how often the label or prompt is dropped, for guidance")
+    add("--ema", type="share", help="decay of the weights' moving average")
+    parser.add_training()
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def load_content(run_dir):
+    """(DiT or UNet with its EMA weights, TextEncoder or None, checkpoint) of a run folder, on the CPU."""
+    state = data.load_checkpoint(f"{run_dir}/content.pt", "content")
+    if state["config"]["model"] == "sd":
+        return build_unet(state["ema"], "content.pt"), open_text_encoder(**state["text_encoder"]), state
+    model = DiT(**{name: value for name, value in state["config"].items() if name != "model"})
+    model.load_state_dict(state["ema"])
+    return model, None, state
+
+
+def new_model(args, shape, classes):
+    """(config, DiT or UNet, TextEncoder or None) to train, by the flags. shape: (C, H, W) of a content frame."""
+    if args.sd and args.model != "sd" or args.dit and args.model == "sd":
+        raise InputError("--sd is for --model sd, --dit for the other models")
+    if args.model == "sd":
+        if not args.sd:
+            raise InputError("--model sd needs --sd: a raw Stable Diffusion 1.5 or 2.1-base file")
+        unet, text_encoder = load_stable_diffusion(args.sd)
+        if shape[0] != unet.channels:
+            raise InputError(f"the content frames in {args.run_dir} have {shape[0]} channels, Stable Diffusion's latents "
+                             f"{unet.channels}: encode with `autoencoder.py --preset webvid_sd15`")
+        return dict(model="sd"), unet, text_encoder
+    config = dict(channels=shape[0], size=list(shape[1:]), patch=args.patch, classes=classes, **DIT_SIZES[args.model])
+    dit = DiT(**config)
+    if args.dit:
+        data.print_once(load_dit(args.dit, dit))
+    return dict(config, model=args.model), dit, None
+
+
+@torch.no_grad()
+def preview(path, args, ema, diffusion, condition_of, dataset, device, autocast):
+    """Draws 16 content frames (from Stable Diffusion 4) by 25 DDIM steps, without guidance."""
+    image = load_autoencoder(args.run_dir, device)[1]
+    number = 4 if image else 16
+    batch = dict(label=torch.arange(number) % max(1, len(dataset.classes)),
+                 caption=[dataset[i % len(dataset)]["caption"] for i in range(number)])
+    condition = condition_of(batch, torch.zeros(number, dtype=torch.bool, device=device))
+    noise = torch.randn(number, *dataset.content_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with autocast:
+        frames = ddim(lambda x, t: ema(x, t, condition), noise, diffusion, steps=25)
+    data.write_sheet(path, list(to_pixels(frames[:, :, None], image).cpu()), columns=8)
+
+
+def main():
+    args, saved = flags().parse(PRESETS, "content")
+    rank, world, device, dtype = data.start(args)
+    autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
+    path = f"{args.run_dir}/content.pt"
+
+    # Data: content frames with their labels or captions
+    dataset = data.EncodedClips(args.run_dir, args.data)
+    shape, first = dataset.content_shape, 0  # (C, H, W)
+
+    # Model
+    if saved:
+        model, text_encoder, _ = load_content(args.run_dir)
+        config = saved["config"]
+        if saved["fingerprint"] != dataset.fingerprint:
+            raise InputError(f"{path} was trained on the encodings of another autoencoder: train again in another "
+                             "--run-dir, or delete it")
+    else:
+        config, model, text_encoder = new_model(args, shape, max(1, len(dataset.classes)))
+    model.to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    model.checkpointing = args.checkpointing
+    if text_encoder:
+        text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    weights, averages = list(model.parameters()), list(ema.parameters())
+    optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
+    if saved:  # so far the model has the averages
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    diffusion = Diffusion(args.schedule, args.predict).to(device)
+    predict = torch.compile(model) if args.compile else model
+    if world > 1:
+        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True)
+
+    def condition_of(batch, dropped):
+        """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""
+        if text_encoder is None:
+            return torch.where(dropped, model.classes, batch["label"].to(device, non_blocking=True))
+        with torch.no_grad():  # `dropped` stays on the device: reading it would make every step wait
+            hidden = text_encoder.encode([*batch["caption"], ""]).float()
+        return torch.where(dropped[:, None, None], hidden[-1], hidden[:-1])
+
+    def save(step):
+        data.save_checkpoint(path, dict(
+            stage="content", step=step, args=vars(args), config=config, classes=dataset.classes, shape=list(shape),
+            fingerprint=dataset.fingerprint, model=model.state_dict(), ema=ema.state_dict(),
+            optimizer=optimizer.state_dict(), log=log.state(), text_encoder=text_encoder and text_encoder.state()))
+
+    clips = data.batches(dataset, args.batch_size, args.seed, first, args.workers)
+    share = args.batch_size // world
+    mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
+    size = share // args.accumulate
+    parts = [slice(i, i + size) for i in range(0, share, size)]  # rows that pass through the model together
+    log = data.Log(args, "content", first, device, saved and saved["log"])
+    stop, generator, last = data.StopSignal(), torch.Generator(device), max(first, args.steps)
+    data.print_once(f"content model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
+                    f"steps {first} to {last}, {path}; {device}, {dtype}")
+    bar = tqdm(range(first, last), initial=first, total=last, desc="content", disable=rank > 0)
+    for step in bar:
+        # The random numbers of step s depend on (seed, s) alone, and are drawn for the whole batch, of which each rank
+        # takes its rows: so a resumed run, or one on more ranks, sees the same ones.
+        generator.manual_seed(args.seed * 1_000_003 + step)
+        t = torch.randint(1000, (args.batch_size,), generator=generator, device=device)[mine]
+        noise = torch.randn(args.batch_size, *shape, generator=generator, device=device)[mine]
+        dropped = torch.rand(args.batch_size, generator=generator, device=device)[mine] < args.drop
+        batch = next(clips)
+        content, condition = batch["content"].to(device, non_blocking=True), condition_of(batch, dropped)
+
+        loss = 0
+        for part in parts:
+            predict.require_backward_grad_sync = part is parts[-1]  # ranks exchange gradients once a step
+            with autocast:
+                error = diffusion.loss(lambda x, t: predict(x, t, condition[part]), content[part], t[part], noise[part])
+            (error / len(parts)).backward()
+            loss += error.detach() / len(parts)
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
+        lr = args.lr
+        if args.decay_steps:  # a short rise, then a cosine fall to a hundredth
+            fall = 0.5 + 0.5 * math.cos(math.pi * min(1, step / args.decay_steps))
+            lr = lr * min(1, (step + 1) / (0.05 * args.decay_steps)) * max(0.01, fall)
+        optimizer.param_groups[0]["lr"] = lr
+        if finite := norm.isfinite().item():  # else the step is skipped
+            optimizer.step()
+            decay = min(args.ema, (1 + step) / (10 + step))  # short at first, to forget the random start soon
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, weights, 1 - decay)
+        optimizer.zero_grad()
+
+        # The rest is logging, pictures and saving.
+        log.add(loss, finite)
+        done, stopping = step + 1, bool(stop)
+        if done % args.log_every == 0 or done == last:
+            log.write(bar, done, lr=lr, grad_norm=norm.item())
+        if done % args.save_every == 0 or done == last or stopping:
+            save(done)
+        if stopping:
+            bar.close()
+            raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
+        if rank == 0 and (done % args.preview_every == 0 or done == last):
+            preview(f"{args.run_dir}/previews/content-{done:06d}.png", args, ema, diffusion, condition_of, dataset, device,
+                    autocast)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix: Stable Diffusion's U-Net
 
 
 class ResBlock(nn.Module):
@@ -422,7 +656,7 @@ class UNet(nn.Module):
                 self.output_blocks[-1].append(nn.ModuleDict(dict(conv=nn.Conv2d(here, here, 3, padding=1))))
         self.out = nn.Sequential(nn.GroupNorm(32, here), nn.SiLU(), nn.Conv2d(here, 4, 3, padding=1))
 
-    def run(self, layers, x, time, context, size=None):
+    def apply_block(self, layers, x, time, context, size=None):
         """x (B, C, H, W) through the layers of a block. size: H and W that an upsampling ends with."""
         for layer in layers:
             if isinstance(layer, (ResBlock, SpatialTransformer)):
@@ -442,18 +676,18 @@ class UNet(nn.Module):
         time = self.time_embed(timestep_embedding(t, self.width).to(x.dtype))  # (B, 4 width)
         skips = []
         for layers in self.input_blocks:
-            x = self.run(layers, x, time, context)
+            x = self.apply_block(layers, x, time, context)
             skips.append(x)
-        x = self.run(self.middle_block, x, time, context)
+        x = self.apply_block(self.middle_block, x, time, context)
         for layers in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
             # Up to the next skip's size: twice this one, or one less where that was odd.
-            x = self.run(layers, x, time, context, size=skips[-1].shape[2:] if skips else None)
+            x = self.apply_block(layers, x, time, context, size=skips[-1].shape[2:] if skips else None)
         return self.out(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stable Diffusion's text encoders
+# Appendix: Stable Diffusion's text encoders
 
 START, END = 49406, 49407  # CLIP's tokens around every caption
 
@@ -522,52 +756,50 @@ class TextEncoder(nn.Module):
             x = layer(x)
         return self.final_layer_norm(x)
 
+    def state(self):
+        """What a checkpoint keeps: the config, and the weights in half precision, since they are only read."""
+        return dict(config=self.config, weights={name: tensor.half() for name, tensor in self.state_dict().items()})
+
     def encode(self, captions):
         """A list of B captions ('' is the empty prompt) -> hidden states (B, 77, width) on the encoder's device."""
         return self(tokenize(captions, self.pad).to(self.final_layer_norm.weight.device, non_blocking=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading raw weights
+# Appendix: loading raw weights
 
 
 def build_unet(tensors, path):
     """The UNet in a Stable Diffusion file's tensors, whose shapes tell its sizes. `path` opens the InputError."""
-    own = with_prefix(tensors, "model.diffusion_model.") or tensors  # a run's own has no prefix
-    first, keys = (own.get(f"input_blocks.{name}.weight") for name in ("0.0", "1.1.transformer_blocks.0.attn2.to_k"))
-    if first is None or keys is None or any(name.startswith("label_emb.") for name in own):
-        raise InputError(f"{path} is not a Stable Diffusion 1.5 or 2.1 file: {describe(tensors)}")
-    width, channels = first.shape[:2]
-    if channels != 4:
-        kind = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpainting"}.get(channels, "another")
-        raise InputError(f"{path}: this is the {kind} U-Net: {channels} input channels instead of 4")
+    first, keys = "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    own = find_part(tensors, "model.diffusion_model.", [first, keys], f"{path} is not a Stable Diffusion 1.5 or 2.1 file")
+    width, channels = own[first].shape[:2]
+    if channels != 4 or any(name.startswith("label_emb.") for name in own):
+        kind = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpainting"}.get(channels, "SDXL or another")
+        raise InputError(f"{path}: this is the {kind} U-Net, with {channels} input channels; 1.5 or 2.1-base is needed")
     levels = 1 + sum(name.endswith(".0.op.weight") for name in own)
     blocks = len({name.split(".")[1] for name in own if name.startswith("input_blocks.")}) // levels - 1
-    multipliers = [len(own.get(f"input_blocks.{1 + i * (blocks + 1)}.0.out_layers.3.weight", first)) // width
+    multipliers = [len(own.get(f"input_blocks.{1 + i * (blocks + 1)}.0.out_layers.3.weight", own[first])) // width
                    for i in range(levels)]
-    linear = own.get("input_blocks.1.1.proj_in.weight", keys).ndim == 2
+    linear = own.get("input_blocks.1.1.proj_in.weight", own[keys]).ndim == 2
     with torch.device("meta"):
-        unet = UNet(width, keys.shape[1], 8, 64 if linear else None, multipliers, blocks)
+        unet = UNet(width, own[keys].shape[1], 8, 64 if linear else None, multipliers, blocks)
     load_weights(unet, own, f"{path}: the U-Net")
-    return unet.to(memory_format=torch.channels_last)  # what tensor cores convolve in
-
-
-OPENCLIP = {  # parts of OpenCLIP's names: Hugging Face's
-    "transformer.resblocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-    "token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm",
-    "positional_embedding": "embeddings.position_embedding.weight",
-}
+    return unet.to(memory_format=torch.channels_last)  # the layout in which tensor cores convolve
 
 
 def from_openclip(tensors):
     """OpenCLIP's names -> Hugging Face's, without the last layer: Stable Diffusion 2 reads the one before it."""
     last = max((int(name.split(".")[2]) for name in tensors if name.startswith("transformer.resblocks.")), default=0)
+    renames = {"transformer.resblocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
+               "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+               "token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm",
+               "positional_embedding": "embeddings.position_embedding.weight"}
     own = {}
     for name, tensor in tensors.items():
         if name.startswith(f"transformer.resblocks.{last}."):
             continue
-        for theirs, ours in OPENCLIP.items():
+        for theirs, ours in renames.items():
             name = name.replace(theirs, ours)
         if "attn.in_proj_" in name:  # q, k and v in one
             for part, third in zip("qkv", tensor.chunk(3)):
@@ -579,11 +811,10 @@ def from_openclip(tensors):
 
 def build_text_encoder(tensors, path):
     """The frozen TextEncoder in a file's tensors, named as Hugging Face or OpenCLIP do. `path` opens the InputError."""
-    table = next((name for name in tensors if name.endswith("token_embedding.weight")), None)
-    if table is None:
-        raise InputError(f"{path}: this file has no text encoder; {describe(tensors)}")
+    table = next((name for name in tensors if name.endswith("token_embedding.weight")), "token_embedding.weight")
     openclip = not table.endswith("embeddings.token_embedding.weight")
-    own = with_prefix(tensors, table.removesuffix("token_embedding.weight").removesuffix("embeddings."))
+    prefix = table.removesuffix("token_embedding.weight").removesuffix("embeddings.")
+    own = find_part(tensors, prefix, [table.removeprefix(prefix)], f"{path}: this file has no text encoder")
     own = {name: tensor for name, tensor in (from_openclip(own) if openclip else own).items()
            if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and "position_ids" not in name}
     layers, width = len({name.split(".")[2] for name in own if name.startswith("encoder.")}), tensors[table].shape[1]
@@ -592,17 +823,23 @@ def build_text_encoder(tensors, path):
 
 
 def open_text_encoder(config, weights, what="the run's text encoder"):
-    """A TextEncoder, float32, frozen, on the CPU, by its config and weights as a checkpoint keeps them."""
+    """A frozen TextEncoder, float32, on the CPU, from its state() in a checkpoint."""
     with torch.device("meta"):
         encoder = TextEncoder(**config)
     load_weights(encoder, weights, what)
     return encoder.eval().requires_grad_(False)
 
 
+def load_text_encoder(path):
+    """The frozen TextEncoder of a full Stable Diffusion file, or of a file of CLIP ViT-L/14 (Hugging Face's names) or
+    OpenCLIP ViT-H/14, whose picture half is ignored."""
+    return build_text_encoder(read_checkpoint(path), path)
+
+
 @torch.no_grad()
 def noise_agreement(unet, encoder):
-    """Cosine between a U-Net's input and output at t = 999. That input is all but noise, so a model that predicts the
-    noise returns it (close to 1), and one that predicts v, there minus the clean latent, does not."""
+    """Cosine between a U-Net's input and output at t = 999, where the input is all but noise: eps-models return it (close
+    to 1), v-models return -x0."""
     tokens = torch.full((1, 77), encoder.pad)
     tokens[0, :2] = torch.tensor([START, END])
     x = torch.randn(1, unet.channels, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -612,292 +849,36 @@ def noise_agreement(unet, encoder):
 def load_stable_diffusion(path):
     """A full Stable Diffusion 1.5 or 2.1-base file (.safetensors, .ckpt) -> UNet, TextEncoder (frozen), float32, CPU.
 
-    Shapes tell the version, but not the 768 model of 2.1, which predicts v: where the answer at t = 999 is not the
-    noise, a file that says so too (hyper-parameters, metadata, a 'v_pred' tensor, its name) is refused, another warned
-    of. Raises InputError.
+    Shapes tell the version, but not the 768 model of 2.1, which predicts v: a U-Net that does not return the noise at
+    t = 999 is warned of.
     """
-    hints = {}
-    tensors = read_checkpoint(path, hints)
+    tensors = read_checkpoint(path)
     unet, encoder = build_unet(tensors, path), build_text_encoder(tensors, path)
     agreement = noise_agreement(unet, encoder)
     if agreement < 0.7:
-        said = [f"{name} = {value}" for name, value in hints.items() if name.split(".")[-1] in (
-            "parameterization", "prediction_type") and value.lower() in ("v", "v_prediction", "vpred")]
-        said += ["a tensor named v_pred"] if "v_pred" in tensors else []
-        said += [f"its name has {word}" for word in re.findall(r"768|v-?_?pred", os.path.basename(path).lower())]
-        if said:
-            raise InputError(f"{path}: this is the 768 v-prediction model or one like it ({said[0]}); "
-                             "one that predicts the noise is needed, as v2-1_512-ema-pruned")
-        warnings.warn(f"{path}: at t = 999 the U-Net's answer has cosine {agreement:.2f} with the noise, where a model"
-                      " that predicts it has almost 1: a v-prediction model, or not a trained one", stacklevel=2)
+        warnings.warn(f"{path}: at t = 999 the U-Net's output has cosine {agreement:.2f} with the noise, where a model that"
+                      " predicts it has almost 1: a v-prediction model (such as 768-v), or not a trained one", stacklevel=2)
     return unet, encoder
 
 
-def load_text_encoder(path):
-    """The frozen TextEncoder of a full Stable Diffusion file, or of a file of CLIP ViT-L/14 (Hugging Face's names) or
-    OpenCLIP ViT-H/14, whose picture half is ignored. Raises InputError."""
-    return build_text_encoder(read_checkpoint(path), path)
-
-
 def load_dit(path, dit):
-    """Loads DiT's raw ImageNet weights (DiT-XL-2-256x256.pt) into a DiT; returns a line on each thing that was adapted.
-
-    Raises InputError for another kind of file and for another width or depth.
-    """
-    tensors, own, notes = read_checkpoint(path), dit.state_dict(), []
-    kernel, table, last = "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear."
-    if not {kernel, table, last + "weight", last + "bias", "pos_embed"} <= tensors.keys():
-        raise InputError(f"{path} is no DiT: {describe(tensors)}")
-    width, channels, patch = tensors[kernel].shape[:3]
-    if width != own[kernel].shape[0]:
-        raise InputError(f"{path} is a DiT of width {width}, and the model has {own[kernel].shape[0]}: choose its size")
-
-    notes.append(f"class table: {len(tensors[table]) - 1} classes left out, {dit.classes} start fresh; the last row,"
-                 " which stands for no class, is kept")
-    tensors[table] = torch.cat([own[table][:-1], tensors[table][-1:]])
-
-    side = math.isqrt(tensors.pop("pos_embed").shape[1])  # (1, N, width), sines and cosines of a square grid
-    if dit.grid != (side, side):
-        notes.append(f"positions: computed for {dit.grid[0]}x{dit.grid[1]} patches instead of {side}x{side}")
-
-    # The rows of the last layer are (p, q, channel), and a file that learned sigma has twice the channels.
-    rows = torch.cat([tensors[last + "weight"], tensors[last + "bias"][:, None]], 1).float()  # the bias as a column
-    rows = rearrange(rows, "(p q c) w -> c w p q", p=patch, q=patch)
-    if len(rows) == 2 * channels:
-        rows = rows[:channels]
-        notes.append(f"output: the {channels} channels of sigma left out")
-    if patch != dit.patch and channels == dit.channels:
-        # A patch of one colour must give the same token, so the kernel keeps its sum; each pixel keeps its output.
-        resize = functools.partial(F.interpolate, size=(dit.patch, dit.patch), mode="bilinear", antialias=True)
-        tensors[kernel], rows = resize(tensors[kernel].float()) * (patch / dit.patch) ** 2, resize(rows)
-        notes.append(f"patch: {dit.patch} instead of {patch}; the patch embedding and last layer are resized")
-    rows = rearrange(rows, "c w p q -> (p q c) w")
-    tensors |= {last + "weight": rows[:, :-1], last + "bias": rows[:, -1]}
-    if channels != dit.channels:  # latents and pixels, or other latents: no channel means the same
-        notes.append(f"channels: {dit.channels} instead of {channels}; the patch embedding and last layer start fresh")
+    """Loads DiT's raw ImageNet weights (DiT-XL-2-256x256.pt) into a DiT, with classes of its own; returns a line on what
+    could not be used. InputError for another kind of file and for another width or depth."""
+    table, last = "y_embedder.embedding_table.weight", "final_layer.linear."
+    tensors = find_part(read_checkpoint(path), "", ["x_embedder.proj.weight", table, last + "weight"],
+                        f"{path} is not a DiT checkpoint")
+    own, (channels, patch) = dit.state_dict(), tensors["x_embedder.proj.weight"].shape[1:3]
+    tensors.pop("pos_embed", None)  # computed here for any grid
+    unused = f"its {len(tensors[table]) - 1} classes"
+    tensors[table] = torch.cat([own[table][:-1], tensors[table][-1:]])  # the last row stands for no class
+    for name in (last + "weight", last + "bias"):  # rows are (p, q, channel); those after the channels are for sigma
+        tensors[name] = tensors[name].unflatten(0, (patch**2, -1))[:, :channels].flatten(0, 1)
+    if (channels, patch) != (dit.channels, dit.patch):  # no pixel means the same
         tensors |= {name: own[name] for name in own if name.startswith(("x_embedder.", last))}
+        unused += f", its first and last layer ({channels} channels, patch {patch})"
     load_weights(dit, tensors, f"{path}: the DiT")
-    return notes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets and flags
-
-PAPER = dict(  # table 7
-    patch=2, predict="eps", lr=1e-4, batch_size=256, decay_steps=0, ema=0.999, drop=0.1, save_every=2000,
-    preview_every=2000, log_every=50, workers=8,
-)
-PRESETS = {
-    # Against the paper: a small DiT that predicts the clean frame, which is what a narrow model does best; a higher
-    # learning rate, which decays; a shorter EMA. Label embeddings start at unit size in every preset: DiT's 0.02 takes
-    # long to outgrow.
-    "shapes": dict(
-        model="mini", patch=4, predict="x", schedule="linear", lr=3e-3, batch_size=16, steps=2200, decay_steps=2200,
-        ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
-    ),
-    # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
-    "ucf101": dict(PAPER, model="XL", schedule="linear", steps=111_762),
-    "webvid_sd15": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
-    "webvid_sd21": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
-}
-
-
-def shared_flags(text, presets, model):
-    """(parser, its group `model`) with the flags of stages 2 and 3; each adds those of its own model to that group."""
-    parser = Flags(text.split("\n")[0])
-    add = parser.add_argument_group("run").add_argument
-    add("--preset", choices=presets, help="fills every default below (default: the run's, else shapes)")
-    add("--run", help="run folder with the encodings (default: runs/PRESET)")
-    add("--encodings", metavar="RUN", help="train on another run's autoencoder and encodings, linked into --run")
-    add("--data", help="the data set that was encoded; only checked against the encodings")
-    add("--resume", action="store_true", help="go on from the run folder's checkpoint")
-    add("--seed", type=SEED, default=0, help="of the weights, the order of the clips and the noise")
-    add("--workers", type=within(0), help="loader processes on each rank, at most one a core")
-    group = parser.add_argument_group(model)
-    add = parser.add_argument_group("diffusion").add_argument
-    add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean latent")
-    add("--schedule", choices=["linear", "scaled_linear"], help="betas: DiT's, or Stable Diffusion's")
-    add("--drop", type=within(0, 1, float), help="how often the label or prompt is dropped, for guidance")
-    add = training_flags(parser)
-    add("--ema", type=within(0, 1, float), help="decay of the weights' moving average")
-    return parser, group
-
-
-def flags():
-    parser, model = shared_flags(__doc__, PRESETS, "model (table 7)")
-    model.add_argument("--model", choices=[*DIT_SIZES, "sd"], help="DiT's size, or sd: Stable Diffusion's U-Net")
-    model.add_argument("--patch", type=COUNT, help="DiT's patch on the content frame")
-    model.add_argument("--sd", help="raw Stable Diffusion 1.5 or 2.1-base file to start from, for --model sd")
-    model.add_argument("--dit", help="raw ImageNet DiT file to start a DiT from, such as DiT-XL-2-256x256.pt")
-    return parser
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def from_config(kind, config):
-    """A DiT or MotionDiT (`kind`) by a checkpoint's config, which also names its size."""
-    return kind(**{name: value for name, value in config.items() if name != "model"})
-
-
-def build_content_model(state):
-    """The content model of a checkpoint dict, with its EMA weights: (DiT or UNet, TextEncoder or None)."""
-    if state["config"]["model"] == "sd":
-        return build_unet(state["ema"], "content.pt"), open_text_encoder(**state["text_encoder"])
-    model = from_config(DiT, state["config"])
-    model.load_state_dict(state["ema"])
-    return model, None
-
-
-@torch.no_grad()
-def preview(args, ema, diffusion, condition_of, dataset, step, device):
-    """Draws 16 content frames (of Stable Diffusion 4) by 25 DDIM steps, without guidance, into the run folder."""
-    from sample import ddim  # sample.py imports this file
-
-    image = load_autoencoder(args.run, device)[1]
-    number = 4 if image else 16
-    batch = dict(label=torch.arange(number) % max(1, len(dataset.classes)),
-                 caption=[dataset[i % len(dataset)]["caption"] for i in range(number)])
-    condition = condition_of(batch, torch.zeros(number, dtype=torch.bool, device=device))
-    noise = torch.randn(number, *dataset.content_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    with autocast(args, device):
-        frames = ddim(lambda x, t: ema(x, t, condition), noise, diffusion, steps=25)
-    write_sheet(os.path.join(args.run, "previews", f"content-{step:06d}.png"),
-                list(to_pixels(frames[:, :, None], image).cpu()), columns=8)
-
-
-def main():
-    args, saved = parse_flags(flags(), PRESETS, "content")
-    rank, world, device = start(args.seed)
-    share, parts = split_batch(args, world)
-    path = os.path.join(args.run, "content.pt")
-
-    # Data: content frames with their labels or captions
-    dataset = EncodedClips(args.run, args.data)
-    shape = dataset.content_shape  # (C, H, W)
-
-    # Model
-    config, text_encoder = dict(model=args.model), None
-    if args.model != "sd":
-        config |= dict(channels=shape[0], size=list(shape[1:]), patch=args.patch, classes=max(1, len(dataset.classes)),
-                       **DIT_SIZES[args.model])
-    if saved:
-        check_config(config, saved, path, dataset.index["fingerprint"])
-        model, text_encoder = build_content_model(saved)
-    elif args.sd and args.model != "sd" or args.dit and args.model == "sd":
-        raise InputError("--sd is for --model sd, --dit for the other models")
-    elif args.model == "sd":
-        if not args.sd:
-            raise InputError("--model sd needs --sd: a raw Stable Diffusion 1.5 or 2.1-base file")
-        model, text_encoder = load_stable_diffusion(args.sd)
-        if shape[0] != model.channels:
-            raise InputError(f"the content frames in {args.run} have {shape[0]} channels, Stable Diffusion's latents "
-                             f"{model.channels}: encode with `autoencoder.py --preset webvid_sd15`")
-    else:
-        model = from_config(DiT, config)
-        for note in load_dit(args.dit, model) if args.dit else ():
-            if rank == 0:
-                print(f"{args.dit}: {note}")
-    model.to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    model.checkpointing = args.checkpointing
-    if text_encoder:
-        text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
-    weights, averages = list(model.parameters()), list(ema.parameters())
-    optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
-    first, loss_sum, bad_row, skipped = 0, *torch.zeros(3, device=device)  # skipped steps: in a row, and in all
-    if saved:  # the model above has the averages
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, (loss_sum, bad_row, skipped) = saved["step"], saved["counts"].to(device)
-    diffusion = Diffusion(args.schedule, args.predict).to(device)
-    predict = torch.compile(model) if args.compile else model
-    if world > 1:
-        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True)
-
-    def condition_of(batch, dropped):
-        """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""
-        if text_encoder is None:
-            return torch.where(dropped, model.classes, batch["label"].to(device, non_blocking=True))
-        with torch.no_grad():  # `dropped` stays on the device: reading it would make every step wait
-            hidden = text_encoder.encode([*batch["caption"], ""]).float()
-        return torch.where(dropped[:, None, None], hidden[-1], hidden[:-1])
-
-    def save(step):
-        save_checkpoint(path, dict(
-            stage="content", step=step, args=vars(args), config=config, classes=dataset.classes, shape=list(shape),
-            fingerprint=dataset.index["fingerprint"], model=model.state_dict(), ema=ema.state_dict(),
-            optimizer=optimizer.state_dict(), counts=torch.stack([loss_sum, bad_row, skipped]),
-            text_encoder=text_encoder and dict(config=text_encoder.config, weights=half(text_encoder))))
-
-    batches = stream(dataset, args.batch_size, args.seed, first, args.workers, rank, world)
-    mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
-    os.makedirs(os.path.join(args.run, "previews"), exist_ok=True)
-    log = rank == 0 and Log(os.path.join(args.run, "content.csv"),
-                            "step loss lr grad_norm skipped clips_per_second".split(), first, (args.log_every,))
-    stop, generator, last = StopSignal(), torch.Generator(device), max(first, args.steps)
-    if rank == 0:
-        print(f"content model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
-              f"steps {first} to {last}, {path}")
-    bar = tqdm(range(first, last), initial=first, total=last, desc="content", disable=rank > 0)
-    since, clock = first, time.perf_counter()
-    for step in bar:
-        # The draws of step s are a function of (seed, s), made for the whole batch, of which each rank takes its rows:
-        # so a resumed run, or one on more ranks, sees the same noise. Seeds are about a million steps apart.
-        batch = next(batches)
-        content = batch["content"].to(device, non_blocking=True)
-        generator.manual_seed(args.seed * 1_000_003 + step)
-        t = torch.randint(1000, (args.batch_size,), generator=generator, device=device)[mine]
-        noise = torch.randn(args.batch_size, *shape, generator=generator, device=device)[mine]
-        dropped = torch.rand(args.batch_size, generator=generator, device=device)[mine] < args.drop
-        condition = condition_of(batch, dropped)
-
-        optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
-        for part in parts:
-            with last_only(predict, part, parts):
-                with autocast(args, device):
-                    loss = diffusion.loss(lambda x, t: predict(x, t, condition[part]),
-                                          content[part], t[part], noise[part])
-                (loss / len(parts)).backward()
-            loss_sum += loss.detach().nan_to_num(0, 0, 0) / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
-        bad = ~norm.isfinite()  # NaN or infinite somewhere: fused Adam skips the step where found_inf is 1,
-        optimizer.found_inf = bad.float()  # so that the device need not be asked
-        optimizer.step()
-        optimizer.zero_grad()
-        bad_row, skipped = (bad_row + 1) * bad, skipped + bad
-        decay = min(args.ema, (1 + step) / (10 + step))  # short at first, so that the random start is soon forgotten
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1 - decay)
-
-        # The rest is logging, pictures, saving.
-        done, stopping = step + 1, bool(stop)
-        saving = done % args.save_every == 0 or done == last or stopping
-        logging = done % args.log_every == 0 or done == last
-        if saving or logging:
-            loss_sum = average(loss_sum)
-        if logging:
-            row = dict(step=done, lr=lr, grad_norm=norm.item(), skipped=int(skipped),
-                       loss=loss_sum.item() / (done % args.log_every or args.log_every),
-                       clips_per_second=(done - since) * args.batch_size / (time.perf_counter() - clock))
-            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['clips_per_second']:.1f} clips/s")
-            check_finite(bad_row, done, path)
-            if rank == 0:
-                log(**row)
-        if done % args.log_every == 0:
-            loss_sum = torch.zeros_like(loss_sum)
-            since, clock = done, time.perf_counter()
-        if rank == 0 and saving:
-            save(done)
-        if rank == 0 and (done % args.preview_every == 0 or done == last):
-            preview(args, ema, diffusion, condition_of, dataset, done, device)
-        if stopping:
-            bar.close()
-            if rank == 0:
-                print(f"stopped after step {done}, saved: --resume goes on")
-            return
+    return f"{path}: not used are {unused}"
 
 
 if __name__ == "__main__":
-    run(main)
+    data.launch(main)
