@@ -311,26 +311,28 @@ def check_flags(args, saved):
 
 @torch.no_grad()
 def encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, stop):
-    """Encodes the data set into the run folder's shards, sets the model's mean and deviation of the motion latents, and
-    returns the fingerprint of its weights.
+    """Encodes the data set into the run folder's shards, and sets the model's mean and deviation of the motion latents.
+    Returns (fingerprint of the model's weights, number of clips in each shard).
 
     Shard k belongs to rank k mod world and does not depend on their number; one that is there already is kept, so an
     interrupted encoding goes on where it stopped.
     """
     model.eval()
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(name.encode() + weight.detach().cpu().numpy().tobytes())
-    fingerprint, folder = digest.hexdigest()[:16], f"{args.run_dir}/encodings"
-    settings = dict(fingerprint=fingerprint) | {name: getattr(args, name) for name in (
-        "preset", "data", "captions", "split", "stride", "seed", "clips_per_video", "shard_size")}
+    digest = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in model.parameters()))
+    settings = dict(fingerprint=digest.hexdigest()[:16]) | {name: getattr(args, name) for name in (
+        "data", "captions", "split", "stride", "seed", "clips_per_video", "shard_size")}
     indices = range(args.clips) if indices is None else indices[: args.clips or None]
     keys = [(int(index), number) for index in indices for number in range(args.clips_per_video)]
     shards = [keys[i : i + args.shard_size] for i in range(0, len(keys), args.shard_size)]
-    size = max(1, min(args.batch_size // world, 32))  # clips at once: no more than in training, where they fit
-    todo = {number: [shards[number][i : i + size] for i in range(0, len(shards[number]), size)]
-            for number in range(rank, len(shards), world)
-            if not data.shard_exists(folder, number, settings, len(shards[number]))}
+    todo = {}
+    for number in range(rank, len(shards), world):
+        try:
+            done = data.open_shard(args.run_dir, number)[2] == settings | dict(keys=len(shards[number]))
+        except InputError:  # missing or damaged
+            done = False
+        if not done:
+            size = max(1, min(args.batch_size // world, 32))  # no more than in training, where they fit
+            todo[number] = [shards[number][i : i + size] for i in range(0, len(shards[number]), size)]
     plan = [batch for shard in todo.values() for batch in shard]
     dataset.replace = False
     batches = data.load(dataset, plan, args.workers, list)
@@ -351,11 +353,25 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, au
                 bar.close()
                 raise KeyboardInterrupt("stopped while encoding: --encode goes on after the shards that are written")
             if number in todo:
-                data.write_shard(folder, number, settings | dict(keys=len(shards[number])), parts, items)
-    mean, std = data.finish_encodings(folder, len(shards), settings, keys=len(keys), classes=dataset.classes)
-    model.motion_mean.copy_(mean[:, None, None])
-    model.motion_std.copy_(std[:, None, None])
-    return fingerprint
+                data.write_shard(args.run_dir, number, settings | dict(keys=len(shards[number])),
+                                 *(torch.cat(part) for part in zip(*parts)), [item["label"] for item in items],
+                                 [item["caption"] for item in items])
+    if world > 1:
+        torch.distributed.barrier()
+    data.open_shard.cache_clear()
+    shards = [data.open_shard(args.run_dir, number)[0] for number in range(len(shards))]
+    counts = [len(shard.get_tensor("label")) for shard in shards]
+    if not sum(counts):
+        raise InputError(f"not one clip of {args.data} could be encoded")
+    values = sum(counts) * model.frames * sum(model.grid)  # of one channel
+    mean, square = sum(shard.get_tensor("sums") for shard in shards)[..., None, None] / values  # (D, 1, 1) each
+    model.motion_mean.copy_(mean)
+    model.motion_std.copy_((square - mean**2).clamp_min(1e-12).sqrt())
+    if rank == 0:
+        left_out = len(keys) - sum(counts)
+        print(f"encoded {sum(counts)} clip{'s' * (sum(counts) != 1)} into {args.run_dir}/encodings"
+              + f", {left_out} unusable left out" * (left_out > 0))
+    return settings["fingerprint"], counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,11 +454,11 @@ def main():
 
     log = data.Log(args, "autoencoder", first, device, saved and saved["log"])
 
-    def save(step, fingerprint=None):
+    def save(step, fingerprint=None, encodings=None):
         data.save_checkpoint(path, dict(
             stage="autoencoder", step=step, args=vars(args), config=config, classes=dataset.classes,
-            fingerprint=fingerprint, model=model.state_dict(), optimizer=optimizer.state_dict(), log=log.state(),
-            image_autoencoder=image_weights))
+            fingerprint=fingerprint, encodings=encodings, model=model.state_dict(), optimizer=optimizer.state_dict(),
+            log=log.state(), image_autoencoder=image_weights))
 
     stop, generator = data.StopSignal(), torch.Generator(device)
     last = first if args.encode else max(first, args.steps)
@@ -490,8 +506,9 @@ def main():
         if stopping:
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
-    fingerprint = encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, stop)
-    save(last, fingerprint)
+    if args.encode:
+        save(last)  # so that the flags hold for the rest, should it be interrupted
+    save(last, *encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, stop))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -538,49 +538,38 @@ def write_sheet(path, videos, columns, captions=None, frames=9):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Encodings: what stage 1 writes, and stages 2 and 3 read
+# Encodings: what stage 1 writes, and stages 2 and 3 read, in files of up to --shard-size clips:
 #
 # encodings/shard-00000.safetensors
-#               content   float16 (N, C, H, W)       content frames
-#               motion    float16 (N, D, L, H'+W')   motion latents, as the autoencoder gives them
-#               label     int64 (N,)
-#               sums      float64 (2, D)             of the motion latents and of their squares, by channel
-#               metadata: captions, a JSON list; what they were encoded with; a checksum
-#           index.json    written last: what was encoded, by which autoencoder
+#     content   float16 (N, C, H, W)       content frames
+#     motion    float16 (N, D, L, H'+W')   motion latents, as the autoencoder gives them
+#     label     int64 (N,)
+#     sums      float64 (2, D)             of the motion latents and of their squares, by channel
+#     metadata: captions, a JSON list; settings, what they were made with; crc32, a checksum
 
 
-def shard_path(folder, number):
-    return f"{folder}/shard-{number:05d}.safetensors"
-
-
-def shard_exists(folder, number, settings, keys):
-    """Whether a shard was written already, of so many keys, with these settings: a dict of all that it depends on."""
-    with contextlib.suppress(InputError):
-        return open_shard(shard_path(folder, number))[2] == settings | dict(keys=keys)
-    return False
-
-
-def write_shard(folder, number, settings, parts, items):
-    """Writes a shard whole or not at all. parts: [(content (n, C, H, W), motion (n, D, L, H'+W'))], float16; items:
-    [{label, caption}], one a clip."""
-    content, motion = (torch.cat(part).contiguous() for part in zip(*parts))
-    sums = torch.stack([motion.double().pow(power).sum((0, 2, 3)) for power in (1, 2)])
-    labels = torch.tensor([item["label"] for item in items], dtype=torch.long)
-    tensors = dict(content=content, motion=motion, label=labels, sums=sums)
-    metadata = dict(captions=json.dumps([item["caption"] for item in items]), settings=json.dumps(settings),
-                    crc32=checksum(tensors))
-    os.makedirs(folder, exist_ok=True)
-    with atomic_write(shard_path(folder, number)) as temporary:
-        save_file(tensors, temporary, metadata)
+def shard_path(run_dir, number):
+    return f"{run_dir}/encodings/shard-{number:05d}.safetensors"
 
 
 def checksum(tensors):
     return str(zlib.crc32(b"".join(tensors[name].numpy().tobytes() for name in ("content", "motion", "label"))))
 
 
+def write_shard(run_dir, number, settings, content, motion, labels, captions):
+    """Writes a shard whole or not at all. settings: a dict of all that the encodings depend on."""
+    sums = torch.stack([motion.double().pow(power).sum((0, 2, 3)) for power in (1, 2)])
+    tensors = dict(content=content, motion=motion.contiguous(), label=torch.tensor(labels, dtype=torch.long), sums=sums)
+    metadata = dict(captions=json.dumps(captions), settings=json.dumps(settings), crc32=checksum(tensors))
+    os.makedirs(f"{run_dir}/encodings", exist_ok=True)
+    with atomic_write(shard_path(run_dir, number)) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
 @functools.lru_cache(maxsize=128)
-def open_shard(path, check=False):
+def open_shard(run_dir, number, check=False):
     """(open safetensors file, captions, settings) of a shard, memory-mapped. check: reads it all for the checksum."""
+    path = shard_path(run_dir, number)
     try:
         shard = safe_open(path, "pt")
         if check and shard.metadata()["crc32"] != checksum({name: shard.get_tensor(name) for name in shard.keys()}):
@@ -588,75 +577,45 @@ def open_shard(path, check=False):
         return shard, json.loads(shard.metadata()["captions"]), json.loads(shard.metadata()["settings"])
     except (OSError, SafetensorError, ValueError) as e:
         raise InputError(f"{path} is missing or damaged ({e}): delete it and run `python autoencoder.py --run-dir "
-                         f"{os.path.dirname(os.path.dirname(path))} --encode`") from None
-
-
-def finish_encodings(folder, count, settings, keys, classes):
-    """Writes the index over `count` shards, once all ranks have written theirs. Returns the mean and deviation of the
-    motion latents' channels, (D,) each."""
-    if WORLD > 1:
-        torch.distributed.barrier()
-    open_shard.cache_clear()
-    shards = [open_shard(shard_path(folder, number))[0] for number in range(count)]
-    counts = [shard.get_slice("label").get_shape()[0] for shard in shards]
-    clips = sum(counts)
-    if not clips:
-        raise InputError(f"not one clip of {settings['data']} could be encoded")
-    content, motion = (shards[0].get_slice(name).get_shape()[1:] for name in ("content", "motion"))
-    mean, square = sum(shard.get_tensor("sums") for shard in shards) / (clips * motion[1] * motion[2])
-    std = (square - mean**2).clamp_min(1e-12).sqrt()
-    if RANK == 0:
-        with atomic_write(f"{folder}/index.json") as temporary, open(temporary, "w") as file:
-            json.dump(settings | dict(classes=classes, counts=counts, content=content, motion=motion,
-                                      motion_mean=mean.tolist(), motion_std=std.tolist()), file, indent=1)
-        print(f"encoded {clips} clip{'s' * (clips != 1)} into {folder}"
-              + f", {keys - clips} unusable left out" * (clips < keys))
-    return mean, std
-
-
-def read_index(run_dir):
-    """The contents of encodings/index.json, or None where it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError), open(f"{run_dir}/encodings/index.json") as file:
-        return json.load(file)
+                         f"{run_dir} --encode`") from None
 
 
 class EncodedClips(torch.utils.data.Dataset):
     """The encodings of a run folder: a clip costs one small read, whatever the size of the set.
 
-    Items: content (C, H, W) and motion (D, L, H'+W') float32, label int, caption str. Raises InputError where there are
-    none, they are not of `data`, the run's autoencoder is another one, or a shard is missing or damaged (checksums are
-    compared where all encodings are smaller than 1 GiB).
+    Items: content (C, H, W) and motion (D, L, H'+W') float32, label int, caption str. Raises InputError where they are
+    not complete, not of `data`, of another autoencoder than the run's, or damaged (checksums are compared where all are
+    smaller than 1 GiB).
     """
 
     def __init__(self, run_dir, data=None):
-        encode = f"`python autoencoder.py --run-dir {run_dir} --encode`"
-        model = load_checkpoint(f"{run_dir}/autoencoder.pt", "autoencoder")
-        index = read_index(run_dir)
-        if index is None:
-            raise InputError(f"no complete encodings in {run_dir}: make them with {encode}")
-        if model["fingerprint"] != index["fingerprint"]:
-            raise InputError(f"the encodings in {run_dir} were made by another autoencoder than its autoencoder.pt: "
-                             f"encode again with {encode}")
-        if data not in (None, index["data"]):
-            raise InputError(f"the encodings in {run_dir} are of {index['data']}, not of {data}: drop --data, or train "
-                             "`autoencoder.py` on it in another --run-dir")
-        self.classes, self.fingerprint = index["classes"], index["fingerprint"]
-        self.content_shape, self.motion_shape = tuple(index["content"]), tuple(index["motion"])
-        self.motion_mean, self.motion_std = (  # (D, 1, 1), over all clips
-            torch.tensor(index[name])[:, None, None] for name in ("motion_mean", "motion_std"))
-        self.starts = np.cumsum([0, *index["counts"]])
-        self.paths = [f"{run_dir}/encodings/shard-{n:05d}.safetensors" for n in range(len(index["counts"]))]
-        for path in self.paths:
-            open_shard(path, len(self) * (math.prod(self.content_shape) + math.prod(self.motion_shape)) < 2**29)
+        state, encode = load_checkpoint(f"{run_dir}/autoencoder.pt", "autoencoder"), f"--run-dir {run_dir} --encode`"
+        if state["encodings"] is None:
+            raise InputError(f"{run_dir} has no complete encodings: make them with `python autoencoder.py {encode}")
+        if data not in (None, state["args"]["data"]):
+            raise InputError(f"the encodings in {run_dir} are of {state['args']['data']}, not of {data}: drop --data, or "
+                             "train `autoencoder.py` on it in another --run-dir")
+        self.run_dir, self.classes, self.fingerprint = run_dir, state["classes"], state["fingerprint"]
+        self.motion_mean, self.motion_std = state["model"]["motion_mean"], state["model"]["motion_std"]  # (D, 1, 1)
+        self.starts = np.cumsum([0, *state["encodings"]])
+        numbers = range(len(state["encodings"]))
+        small = sum(os.path.getsize(path) for n in numbers if os.path.exists(path := shard_path(run_dir, n))) < 2**30
+        for number in numbers:
+            shard, _, settings = open_shard(run_dir, number, small)
+            if settings["fingerprint"] != self.fingerprint:
+                raise InputError(f"the encodings in {run_dir} were made by another autoencoder than its autoencoder.pt: "
+                                 f"encode again with `python autoencoder.py {encode}")
+        self.content_shape, self.motion_shape = (
+            tuple(shard.get_slice(name).get_shape()[1:]) for name in ("content", "motion"))
 
     def __len__(self):
         return int(self.starts[-1])
 
     def __getitem__(self, key):
         index = range(len(self))[key[0] if isinstance(key, tuple) else key]
-        number = np.searchsorted(self.starts, index, side="right") - 1
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
         row = int(index - self.starts[number])
-        shard, captions, _ = open_shard(self.paths[number])
+        shard, captions, _ = open_shard(self.run_dir, number)
         item = {name: shard.get_slice(name)[row].float() for name in ("content", "motion")}
         return item | dict(label=int(shard.get_slice("label")[row]), caption=captions[row])
 
@@ -872,7 +831,7 @@ class StopSignal:
         signal.signal(signal.SIGINT, self.receive)
         signal.signal(signal.SIGTERM, self.receive)
 
-    def receive(self, number, _):
+    def receive(self, *_):
         self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -891,20 +850,17 @@ def launch(main):
     warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"
     try:
         main()
-    except InputError as e:  # from a loader's process it comes with that one's traceback in front
-        sys.exit(f"{name}: {str(e).split('InputError: ')[-1].strip()}")
     except KeyboardInterrupt as e:
         print_once(f"{name}: {e}" if str(e) else f"{name}: interrupted")
         sys.exit(130)
-    except (OSError, RuntimeError) as e:
+    except Exception as e:
         line = " ".join(str(e).split())
-        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            sys.exit(f"{name}: {line}: free some space")
-        if isinstance(e, OSError) and e.filename:
-            sys.exit(f"{name}: {e.filename}: {e.strerror}: choose another path, or fix its permissions")
+        if isinstance(e, InputError):  # from a loader's process it comes with that one's traceback in front
+            sys.exit(f"{name}: {line.split('InputError: ')[-1]}")
+        if isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            sys.exit(f"{name}: {line}")
         if line.startswith("DataLoader worker"):
-            sys.exit(f"{name}: {line.rstrip('. ')}. Memory may have run out: use fewer --workers, and go on with "
-                     "--resume")
+            sys.exit(f"{name}: {line} Memory may have run out: use fewer --workers, and go on with --resume")
         if isinstance(e, torch.distributed.DistError) or "gloo" in line:
             sys.exit(f"{name}: lost the other ranks; the one that ended first says why ({line[-150:]})")
         raise
@@ -980,8 +936,9 @@ class Flags(argparse.ArgumentParser):
         torchrun's restarts. InputError where a checkpoint would be overwritten, or resumed as another model."""
         self.set_defaults(**presets["shapes"])  # for --help
         given, _ = self.parse_known_args()
-        index = read_index(given.run_dir) if given.run_dir else None
-        preset = given.preset or (index["preset"] if index else "shapes")
+        first, preset = f"{given.run_dir}/autoencoder.pt", given.preset or "shapes"
+        if not given.preset and os.path.exists(first):
+            preset = load_checkpoint(first, "autoencoder")["args"]["preset"]
         run_dir, encode = given.run_dir or f"runs/{preset}", getattr(given, "encode", False)
         path, saved = f"{run_dir}/{stage}.pt", None
         if os.path.exists(path) and not given.resume and not encode:

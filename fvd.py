@@ -45,7 +45,7 @@ class Statistics:
     """Mean (D,) and covariance (D, D) of N features that arrive in batches, in float64. outer: the sum of the outer
     products of the centered features. meta: how the features were made, by FIELDS."""
 
-    FIELDS = ("frames", "size", "stride", "seed", "kind", "file", "detector")
+    FIELDS = ("frames", "size", "stride", "seed", "kind", "name", "detector")
 
     def __init__(self, **meta):
         self.num, self.mean, self.outer, self.meta = 0, 0.0, 0.0, meta
@@ -380,7 +380,7 @@ def statistics(videos, label, detector, size, args):
     label = f"{label}, {KINDS[detector.kind][0]}"
     features = for_each_video(videos, lambda stem: videos.read(stem, size), detector, args, label)
     return Statistics(frames=args.frames, size=list(size), stride=args.stride, seed=args.seed, kind=detector.kind,
-                      file=os.path.basename(args.i3d), detector=detector.checksum).add(features)
+                      name=os.path.basename(args.i3d), detector=detector.checksum).add(features)
 
 
 def fvd_line(real, fake):
@@ -396,7 +396,7 @@ def fvd_line(real, fake):
     height, width = meta["size"]
     return (f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake videos | {meta['frames']} frames, "
             f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']} | {KINDS[meta['kind']][0]}, "
-            f"{meta['file']}: {features} numbers before the softmax; one random clip of each video; covariance over N")
+            f"{meta['name']}: {features} numbers before the softmax; one random clip of each video; covariance over N")
 
 
 def load_clip(path, device="cpu"):
