@@ -1,8 +1,8 @@
-"""Stage 1, the autoencoder: a clip becomes one content frame and a small motion latent, and comes back.
+"""Stage 1, the autoencoder: encodes a clip as one content frame and a small motion latent, and decodes it again.
 
 Section 3.2 of the paper, equations 3 to 6. In: clips (B, C, L, H, W) in [-1, 1], or their Stable Diffusion latents.
 Out: content frames (B, C, H, W), a learned weighted mean of the frames, and motion latents (B, D, L, H'+W') with
-H' = H / patch, W' = W / patch. At the end it encodes the data set into the run folder, which stages 2 and 3 read.
+H' = H / patch, W' = W / patch. After training it encodes the data set into the run folder, for stages 2 and 3.
 
     python autoencoder.py                                            # moving shapes, minutes on a CPU
     python autoencoder.py --preset ucf101 --data UCF-101             # or a folder of your own videos
@@ -11,20 +11,19 @@ H' = H / patch, W' = W / patch. At the end it encodes the data set into the run 
 
 Where we differ from the paper: depth 8 and heads of 48, the size whose cost its table 8 reports (table 5 prints 12 and
 64). From the authors' release: positions in both transformers (without them they cannot tell frame 1 from frame 9, nor
-left from right), any size and length, no discriminator. What the shapes preset changes is said beside it, below.
+left from right), any size and length, no discriminator. What the shapes preset changes is explained beside it, below.
 """
 
 import argparse
-import builtins
+import contextlib
 import hashlib
 import math
 import os
 import sys
 import zipfile
 from collections import OrderedDict
-from itertools import islice
+from functools import partial
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -38,11 +37,11 @@ import data
 from data import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The video autoencoder
+# The video autoencoder and its loss
 
 
 class FeedForward(nn.Module):
-    """GEGLU: half of the hidden units gate the other half."""
+    """GEGLU: a second linear layer gates the hidden units."""
 
     def __init__(self, width):
         super().__init__()
@@ -73,11 +72,11 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).reshape(B, L, N, C))
 
 
-def attention_in_parts(q, k, v, axis, heads=65_535, scratch=2**31 - 1):
-    """Attention of q, k, v (batch, heads, N, d), split along axis 0 or 1 where it is too much for CUDA's kernels: they
-    take 65,535 heads, and index their scratch, N and d rounded up to multiples of 128 and 32, with 31 bits."""
+def attention_in_parts(q, k, v, axis, heads=65_535, buffer=2**31 - 1):
+    """Attention of q, k, v (batch, heads, N, d), in parts along axis 0 or 1 where it exceeds the limits of CUDA's
+    kernels: 65,535 heads, and a buffer of 2**31 values with N and d rounded up to multiples of 128 and 32."""
     others, N, d = q.shape[1 - axis], -(-q.shape[2] // 128) * 128, -(-q.shape[3] // 32) * 32
-    most = max(1, min(heads, scratch // (others * N * d)))
+    most = max(1, min(heads, buffer // (others * N * d)))
     parts = [F.scaled_dot_product_attention(*part) for part in zip(*(x.split(most, axis) for x in (q, k, v)))]
     return torch.cat(parts, axis) if len(parts) > 1 else parts[0]
 
@@ -123,24 +122,23 @@ class Autoencoder(nn.Module):
 
     channels    C of a frame: 3 for pixels, 4 for Stable Diffusion's latents
     frames      L, 1 or more
-    size        H and W of a frame, an int or a pair, divisible by `patch`
-    width       C', the trunks' width; `heads` heads of width / heads. Table 5 says depth 12 and heads of 64; the cost
-                that table 8 reports is that of depth 8 and heads of 48, which are the defaults (47.4 M parameters).
+    size        H and W of a frame, an int or (H, W), divisible by `patch`
+    width       C', the transformers' width; they have `depth` blocks with `heads` heads. Defaults: 47.4 M parameters
     motion_channels  D of the motion latent
     content     what the content frame is (table 4b): 'weights', learned; 'mean' of the frames; 'frame', the first one
     smooth      False: one weight a pixel, as in the paper. True: one a token, upsampled bilinearly (see `shapes` below)
-    squash      True in pixel space: outputs pass 2 * sigmoid - 1
+    squash      True in pixel space: the output passes through 2 * sigmoid - 1
     """
 
     def __init__(self, channels=4, frames=16, size=64, patch=2, width=384, motion_channels=8, depth=8, heads=8,
                  content="weights", smooth=False, squash=False):
         super().__init__()
-        height, wide = data.pair(size)
+        height, wide = (size, size) if isinstance(size, int) else size
         if height % patch or wide % patch:
             raise InputError(f"a frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}: choose a size "
                              f"divisible by {patch}")
         if width % heads:
-            raise InputError(f"width {width} cannot be split over {heads} heads")
+            raise InputError(f"width {width} is not divisible by {heads} heads")
         self.channels, self.frames, self.size, self.patch = channels, frames, (height, wide), patch
         self.content, self.smooth, self.squash = content, smooth, squash
         self.grid = (height // patch, wide // patch)  # (H', W')
@@ -159,7 +157,7 @@ class Autoencoder(nn.Module):
         self.embed_columns = nn.Linear(motion_channels, width)
         self.decoder = TimeSformer(frames, self.grid, width, depth, heads)
         self.to_frames = nn.Linear(width, pixels)
-        # Per-channel statistics of the encoded data set: the motion model works on (z - mean) / deviation.
+        # Of each channel over the encoded data set: the motion model works on (z - mean) / std.
         self.register_buffer("motion_mean", torch.zeros(motion_channels, 1, 1))
         self.register_buffer("motion_std", torch.ones(motion_channels, 1, 1))
 
@@ -214,22 +212,17 @@ class Autoencoder(nn.Module):
         return (motion - self.motion_mean) / self.motion_std
 
     def denormalise(self, motion):
-        """The way back."""
         return motion * self.motion_std + self.motion_mean
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
-
-
-def reconstruction_loss(again, video, kind, lpips=None, one=None):
-    """Mean square ('mse') or absolute ('l1') error between two clips (B, C, L, H, W), a number; with an LPIPS, plus the
-    perceptual distance in one frame of each clip, number one[b], as appendix B has it."""
-    error = again.float() - video
+def reconstruction_loss(output, video, kind, lpips=None, chosen=None):
+    """Mean square ('mse') or absolute ('l1') error between clips (B, C, L, H, W), a number; with an LPIPS, plus the
+    perceptual distance in one frame of each clip (appendix B), number chosen[b]."""
+    error = output.float() - video
     loss = error.square().mean() if kind == "mse" else error.abs().mean()
     if lpips:
-        frame = torch.arange(len(video), device=video.device), slice(None), one
-        loss = loss + lpips(again[frame].float(), video[frame]).mean()
+        frame = torch.arange(len(video), device=video.device), slice(None), chosen
+        loss = loss + lpips(output[frame].float(), video[frame]).mean()
     return loss
 
 
@@ -244,14 +237,14 @@ PAPER = dict(  # table 5 and appendix B
 PRESETS = {
     # Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each token, upsampled, because
     # with one for each pixel so small a model hides information in the content frame as a fine periodic pattern, which
-    # the content model then fails to draw; noise on the motion latent, so that the decoder tolerates small errors of
-    # the motion model; MSE, a higher learning rate that decays, and Adam's usual first beta, because the run is short.
+    # the content model then cannot generate; noise on the motion latent, so that the decoder tolerates small errors of
+    # the motion model; MSE, a higher learning rate that decays, Adam's usual first beta: this training is short.
     "shapes": dict(
         data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
         smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay_steps=1400,
         clips=4000, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
-    "ucf101": dict(PAPER, size=[64], channels=3, loss="l1"),  # LPIPS joins where its two weight files are named
+    "ucf101": dict(PAPER, size=[64], channels=3, loss="l1"),  # plus LPIPS with --lpips, which needs two files
     "webvid_sd15": dict(PAPER, size=[512], channels=4, loss="mse"),
     "webvid_sd21": dict(PAPER, size=[512, 1024], channels=4, loss="mse"),
 }
@@ -260,7 +253,7 @@ PRESETS = {
 def flags():
     parser = data.Flags(__doc__)
     add = parser.add_run(PRESETS)
-    add("--encode", action="store_true", help="do not train: only encode the data set")
+    add("--encode", action="store_true", help="encode the data set without training")
     add = parser.add_argument_group("data").add_argument
     add("--data", help="'shapes', a folder of videos, a CSV of captions, or a folder of .tar shards")
     add("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
@@ -292,72 +285,67 @@ def flags():
 
 def check_flags(args, saved):
     """Raises InputError for flags that do not fit together."""
+    pixels, preset = args.channels == 3, f"--preset {args.preset}"
     if not args.data:
-        raise InputError(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions")
-    if args.channels == 3 and args.sd:
-        raise InputError(f"--preset {args.preset} works on pixels: drop --sd, or use --preset webvid_sd15")
-    if args.channels == 4 and args.lpips:
-        raise InputError(f"--lpips compares pixels, and --preset {args.preset} works on latents: drop it")
-    if args.channels == 4 and not args.sd and not saved:
-        raise InputError(f"--preset {args.preset} needs --sd: a raw Stable Diffusion or image autoencoder file")
-    if args.channels == 4 and any(n % (8 * args.patch) for n in args.size):
+        raise InputError(f"{preset} needs --data: a folder of videos or a CSV of captions")
+    if pixels and args.sd:
+        raise InputError(f"{preset} works on pixels: drop --sd, or use --preset webvid_sd15")
+    if not pixels and args.lpips:
+        raise InputError(f"--lpips compares pixels, and {preset} works on latents: drop it")
+    if not pixels and not args.sd and not saved:
+        raise InputError(f"{preset} needs --sd: a raw Stable Diffusion or image autoencoder file")
+    if not pixels and any(n % (8 * args.patch) for n in args.size):
         raise InputError(f"--size {' '.join(map(str, args.size))}: height and width must be multiples of "
                          f"{8 * args.patch}, the image autoencoder's 8 times the patch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Encoding the data set
+# Encoding the data set, and training
 
 
 @torch.no_grad()
-def encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, stop):
-    """Encodes the data set into the run folder's shards, and sets the model's mean and deviation of the motion latents.
-    Returns (fingerprint of the model's weights, number of clips in each shard).
-
-    Shard k belongs to rank k mod world and does not depend on their number; one that is there already is kept, so an
-    interrupted encoding goes on where it stopped.
-    """
+def encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, progress):
+    """Encodes the data set into the run folder's shards, the ranks in turn, and sets the model's mean and deviation of
+    the motion latents. A shard that exists already is kept: an interrupted encoding continues where it stopped.
+    Returns (fingerprint of the model's weights, number of clips in each shard)."""
     model.eval()
+    dataset.replace = False  # an unusable clip is None
     digest = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in model.parameters()))
-    settings = dict(fingerprint=digest.hexdigest()[:16]) | {name: getattr(args, name) for name in (
+    made_with = dict(fingerprint=digest.hexdigest()[:16]) | {name: getattr(args, name) for name in (
         "data", "captions", "split", "stride", "seed", "clips_per_video", "shard_size")}
     indices = range(args.clips) if indices is None else indices[: args.clips or None]
     keys = [(int(index), number) for index in indices for number in range(args.clips_per_video)]
     shards = [keys[i : i + args.shard_size] for i in range(0, len(keys), args.shard_size)]
-    todo = {}
-    for number in range(rank, len(shards), world):
-        try:
-            done = data.open_shard(args.run_dir, number)[2] == settings | dict(keys=len(shards[number]))
-        except InputError:  # missing or damaged
-            done = False
-        if not done:
-            size = max(1, min(args.batch_size // world, 32))  # no more than in training, where they fit
-            todo[number] = [shards[number][i : i + size] for i in range(0, len(shards[number]), size)]
-    plan = [batch for shard in todo.values() for batch in shard]
-    dataset.replace = False
-    batches = data.load(dataset, plan, args.workers, list)
-    with tqdm(total=len(plan), desc="encode", unit="batch", disable=rank > 0) as bar:
+    size = max(1, min(args.batch_size // world, 32))  # no larger than in training, where it fits into memory
+    bar = tqdm(total=sum(map(len, shards[rank::world])), desc="encode", unit="clip", disable=rank > 0)
+
+    def encode_shard(number, keys):
+        settings = made_with | dict(keys=len(keys))
+        with contextlib.suppress(InputError):  # missing or damaged
+            if data.open_shard(args.run_dir, number)[2] == settings:
+                return
+        items = []
+        parts = [[torch.zeros(0, *shape, dtype=torch.float16) for shape in (model.content_shape, model.motion_shape)]]
+        for batch in data.load(dataset, [keys[i : i + size] for i in range(0, len(keys), size)], args.workers, list):
+            bar.update(len(batch))
+            batch = [item for item in batch if item]
+            if progress.stop:
+                return
+            if batch:
+                # Not under autocast: Stable Diffusion's latents as precise as those it was trained on.
+                frames = to_frames(torch.stack([item["video"] for item in batch]).to(device), image)
+                with autocast:
+                    parts.append([latent.half().cpu() for latent in model.encode(frames)])
+                items += batch
+        data.write_shard(args.run_dir, number, settings, *(torch.cat(part) for part in zip(*parts)),
+                         [item["label"] for item in items], [item["caption"] for item in items])
+
+    with bar:
         for first in range(0, len(shards), world):  # in rounds, so that all ranks stop after the same one
-            number, items = first + rank, []
-            parts = [[torch.zeros(0, *shape, dtype=torch.float16) for shape in (model.content_shape, model.motion_shape)]]
-            for batch in islice(batches, len(todo.get(number, ()))):
-                bar.update()
-                batch = [item for item in batch if item]  # None stands for an unusable clip
-                if batch and not stop.received:
-                    # Not under autocast: Stable Diffusion's latents as precise as those it was trained on.
-                    frames = to_frames(torch.stack([item["video"] for item in batch]).to(device), image)
-                    with autocast:
-                        parts.append([latent.half().cpu() for latent in model.encode(frames)])
-                    items += batch
-            if stop:
-                bar.close()
+            if first + rank < len(shards):
+                encode_shard(first + rank, shards[first + rank])
+            if progress.stopping():
                 raise KeyboardInterrupt("stopped while encoding: --encode goes on after the shards that are written")
-            if number in todo:
-                data.write_shard(args.run_dir, number, settings | dict(keys=len(shards[number])),
-                                 *(torch.cat(part) for part in zip(*parts)), [item["label"] for item in items],
-                                 [item["caption"] for item in items])
-    if world > 1:
-        torch.distributed.barrier()
     data.open_shard.cache_clear()
     shards = [data.open_shard(args.run_dir, number)[0] for number in range(len(shards))]
     counts = [len(shard.get_tensor("label")) for shard in shards]
@@ -368,14 +356,9 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, au
     model.motion_mean.copy_(mean)
     model.motion_std.copy_((square - mean**2).clamp_min(1e-12).sqrt())
     if rank == 0:
-        left_out = len(keys) - sum(counts)
         print(f"encoded {sum(counts)} clip{'s' * (sum(counts) != 1)} into {args.run_dir}/encodings"
-              + f", {left_out} unusable left out" * (left_out > 0))
-    return settings["fingerprint"], counts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+              + f", {len(keys) - sum(counts)} unusable left out" * (len(keys) > sum(counts)))
+    return made_with["fingerprint"], counts
 
 
 def load_autoencoder(run_dir, device):
@@ -394,25 +377,24 @@ def psnr(a, b):
 
 @torch.no_grad()
 def evaluate(model, image, dataset, indices, picture):
-    """{psnr, psnr_of_mean_frame} in dB: of the reconstruction, and of repeating the mean frame. Draws a picture with a
-    row a clip: input, content frame, reconstruction."""
+    """{psnr, psnr_of_mean_frame} in dB: of the reconstruction, and of repeating the mean frame. Writes a picture with a
+    row for each of the first 8 clips: input, content frame, reconstruction."""
     model.eval()
     ours, mean, rows = [], [], []
     for index in indices:
         video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
         content, motion = model.encode(to_frames(video, image))
-        again = to_pixels(model.decode(content, motion), image)
-        ours.append(psnr(again, video))
+        output = to_pixels(model.decode(content, motion), image)
+        ours.append(psnr(output, video))
         mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
         if len(rows) < 8:  # every fourth frame
             still = to_pixels(content[:, :, None], image)
-            rows.append(torch.cat([video[0, :, ::4], still[0], again[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
+            rows.append(torch.cat([video[0, :, ::4], still[0], output[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
     data.write_sheet(picture, rows, columns=1, frames=rows[0].shape[1])
     model.train()
-    scores = dict(psnr=float(np.mean(ours)), psnr_of_mean_frame=float(np.mean(mean)))
-    tqdm.write(f"PSNR {scores['psnr']:.1f} dB on {len(ours)} test clips, repeating the mean frame "
-               f"{scores['psnr_of_mean_frame']:.1f} dB")
-    return scores
+    ours, mean = sum(ours) / len(ours), sum(mean) / len(mean)
+    tqdm.write(f"PSNR {ours:.1f} dB on {len(indices)} test clips, repeating the mean frame {mean:.1f} dB")
+    return dict(psnr=ours, psnr_of_mean_frame=mean)
 
 
 def main():
@@ -433,12 +415,11 @@ def main():
     model = Autoencoder(**config).to(device)
     model.encoder.checkpointing = model.decoder.checkpointing = args.checkpointing
     lpips = load_lpips(*args.lpips).to(device) if args.lpips else None
-    weights, first = list(model.parameters()), 0
+    weights, first = list(model.parameters()), saved["step"] if saved else 0
     optimizer = torch.optim.Adam(weights, lr=args.lr, betas=args.betas, fused=True)
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
     reconstruct = torch.compile(model) if args.compile else model
     if world > 1:
         reconstruct = DistributedDataParallel(reconstruct, gradient_as_bucket_view=True)
@@ -449,36 +430,34 @@ def main():
     clips = data.batches(dataset, args.batch_size, args.seed, first, args.workers, indices)
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
-    size = share // args.accumulate
-    parts = [slice(i, i + size) for i in range(0, share, size)]  # rows that pass through the model together
-
-    log = data.Log(args, "autoencoder", first, device, saved and saved["log"])
+    parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
+    progress = data.Progress(args, "autoencoder", first, device, saved and saved["progress"])
 
     def save(step, fingerprint=None, encodings=None):
         data.save_checkpoint(path, dict(
             stage="autoencoder", step=step, args=vars(args), config=config, classes=dataset.classes,
             fingerprint=fingerprint, encodings=encodings, model=model.state_dict(), optimizer=optimizer.state_dict(),
-            log=log.state(), image_autoencoder=image_weights))
+            progress=progress.state(), image_autoencoder=image_weights))
 
-    stop, generator = data.StopSignal(), torch.Generator(device)
-    last = first if args.encode else max(first, args.steps)
-    data.print_once(f"autoencoder: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, steps {first} to {last}, "
-                    f"{path}; {device}, {dtype}")
+    generator, last = torch.Generator(device), first if args.encode else max(first, args.steps)
+    if rank == 0:
+        print(f"autoencoder: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, steps {first} to {last}, "
+              f"{path}; {device}, {dtype}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="autoencoder", disable=rank > 0)
     for step in bar:
-        # The random numbers of step s depend on (seed, s) alone, and are drawn for the whole batch, of which each rank
-        # takes its rows: so a resumed run, or one on more ranks, sees the same ones.
+        # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank
+        # takes its rows: they are the same after a resume or with another number of ranks.
         generator.manual_seed(args.seed * 1_000_003 + step)
         noise = args.noise * torch.randn(args.batch_size, *model.motion_shape, generator=generator, device=device)[mine]
-        one = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]  # for LPIPS
+        chosen = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]  # for LPIPS
         video = to_frames(next(clips)["video"].to(device, non_blocking=True), image)
 
         loss = 0
         for part in parts:
             reconstruct.require_backward_grad_sync = part is parts[-1]  # ranks exchange gradients once a step
             with autocast:
-                again = reconstruct(video[part], noise[part])
-            error = reconstruction_loss(again, video[part], args.loss, lpips, one[part]) / len(parts)
+                output = reconstruct(video[part], noise[part])
+            error = reconstruction_loss(output, video[part], args.loss, lpips, chosen[part]) / len(parts)
             error.backward()
             loss += error.detach()
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
@@ -492,31 +471,30 @@ def main():
         optimizer.zero_grad()
 
         # The rest is logging, pictures and saving.
-        log.add(loss, finite)
-        done, stopping = step + 1, bool(stop)
+        progress.add(loss, finite)
+        done, stopping = step + 1, progress.stopping()
         preview = (done % args.preview_every == 0 or done == last) and not stopping
         scores = {}
         if preview and rank == 0:
             picture = f"{args.run_dir}/previews/autoencoder-{done:06d}.png"
             scores = evaluate(model, image, test_set, test[: 240 if done == last else 32], picture)
         if preview or done % args.log_every == 0:
-            log.write(bar, done, lr=lr, grad_norm=norm.item(), **scores)
+            progress.write(bar, done, lr=lr, grad_norm=norm.item(), **scores)
         if done % args.save_every == 0 or done == last or stopping:
             save(done)
         if stopping:
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
     if args.encode:
-        save(last)  # so that the flags hold for the rest, should it be interrupted
-    save(last, *encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, stop))
+        save(last)  # keeps the flags, in case the encoding is interrupted
+    save(last, *encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, progress))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Appendix: Stable Diffusion's image autoencoder
+# Appendix: Stable Diffusion's image autoencoder, and LPIPS
 
 
-def image_norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)  # the file's; PyTorch's own eps is 1e-5
+image_norm = partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 class ImageResBlock(nn.Module):
@@ -537,7 +515,7 @@ class ImageResBlock(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """One head over all places of a picture, (B, C, H, W) -> (B, C, H, W)."""
+    """One head over all pixels of a feature map, (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -546,7 +524,7 @@ class ImageAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        # (B, 1, HW, C), contiguous: the fast kernels, which never hold the HW x HW matrix, take nothing else.
+        # (B, 1, HW, C), contiguous, as the fast kernels require, which never store the HW x HW matrix.
         q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None].contiguous() for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
         return x + self.proj_out(h)
@@ -583,33 +561,26 @@ def image_decoder(channels, multipliers, blocks):
     levels = [image_level(before, width, blocks + 1) for width, before in zip(widths, widths[1:])]
     for level, width in zip(levels[1:], widths[1:]):  # (H, W) -> (2H, 2W)
         level.upsample = named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1))
-    up = {str(i): level for i, level in enumerate(levels)}  # counted from the full resolution, run from the last
+    up = {str(i): level for i, level in enumerate(levels)}  # numbered from the full resolution, applied in reverse
     return named(conv_in=nn.Conv2d(4, widths[-1], 3, padding=1), mid=image_middle(widths[-1]),
                  up=nn.Sequential(OrderedDict(reversed(up.items()))), norm_out=image_norm(widths[0]), act=nn.SiLU(),
                  conv_out=nn.Conv2d(widths[0], 3, 3, padding=1))
 
 
 class ImageAutoencoder(nn.Module):
-    """Stable Diffusion's image autoencoder (the same in 1.x and 2.x). Its state_dict has the raw file's names.
-
-    It computes in its weights' dtype, takes any and returns float32, `chunk` images at a time, so memory does not grow
-    with N. The latents are the posterior's mean.
-    """
+    """Stable Diffusion's image autoencoder (the same in 1.x and 2.x), with the raw file's names. It computes in its
+    weights' dtype and returns float32, `chunk` images at a time to save memory. Latents are the posterior's mean."""
 
     def __init__(self, channels=128, multipliers=(1, 2, 4, 4), blocks=2):
         super().__init__()
-        self.scale = 0.18215  # brings the latents to about unit variance
-        self.factor = 2 ** (len(multipliers) - 1)  # pixels per latent, each way
+        self.scale = 0.18215  # scales the latents to about unit variance
         self.encoder = image_encoder(channels, multipliers, blocks)
         self.decoder = image_decoder(channels, multipliers, blocks)
         self.quant_conv = nn.Conv2d(8, 8, 1)
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
     def encode(self, images, chunk=4):
-        """Images (N, 3, H, W) in [-1, 1] -> scaled latents (N, 4, H/8, W/8). H, W not multiples of 8: InputError."""
-        height, width = images.shape[2:]
-        if height % self.factor or width % self.factor:
-            raise InputError(f"images of {height}x{width}: the image autoencoder needs multiples of {self.factor}")
+        """Images (N, 3, H, W) in [-1, 1] -> scaled latents (N, 4, H/8, W/8)."""
         images = images.to(self.quant_conv.weight.dtype)
         moments = torch.cat([self.quant_conv(self.encoder(part)) for part in images.split(chunk)])
         return self.scale * moments[:, :4].float()
@@ -625,30 +596,23 @@ def load_image_autoencoder(path):
     tensors = find_part(read_checkpoint(path), "first_stage_model.", ["encoder.conv_in.weight", "quant_conv.weight"],
                         f"{path} holds no Stable Diffusion image autoencoder")
     own = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # leaves 'loss.' and 'model_ema.' out
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(own)}
-    for name, tensor in tensors.items():
-        if ".attn_1." in name and tensor.ndim == 2:  # newer files store these 1x1 convolutions as linear layers
-            tensors[name] = tensor[:, :, None, None]
-    return build_image_autoencoder(tensors, f"{path}: the image autoencoder")
+    tensors = {  # newer files store the attention's 1x1 convolutions as linear layers
+        name: tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
+        for name, tensor in tensors.items() if name.startswith(own)}
+    return open_image_autoencoder(tensors, torch.device("cpu"), f"{path}: the image autoencoder")
 
 
-def build_image_autoencoder(tensors, what):
-    """A frozen ImageAutoencoder with these tensors, which also tell its width."""
+def open_image_autoencoder(tensors, device, what="the run folder's image autoencoder"):
+    """A frozen ImageAutoencoder with these tensors, whose shapes tell its width. In half precision on a GPU."""
     with torch.device("meta"):
         model = ImageAutoencoder(channels=len(tensors["encoder.conv_in.weight"]))
     load_weights(model, tensors, what)
-    return model.eval().requires_grad_(False)
-
-
-def open_image_autoencoder(tensors, device):
-    """The frozen ImageAutoencoder with a run's weights, in half precision on a GPU."""
-    image = build_image_autoencoder(tensors, "the run's image autoencoder")
-    return image.to(device, torch.float16 if device.type == "cuda" else torch.float32,
-                    memory_format=torch.channels_last)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    return model.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
 
 
 def to_frames(video, image):
-    """What stage 1 calls frames: pixels, or with `image` their latents. (B, 3, L, H, W) -> (B, 4, L, H/8, W/8)"""
+    """Clips (B, 3, L, H, W) as the video autoencoder takes them: with `image`, latents (B, 4, L, H/8, W/8)."""
     if image is None:
         return video
     latents = image.encode(rearrange(video, "b c l h w -> (b l) c h w"))
@@ -656,27 +620,21 @@ def to_frames(video, image):
 
 
 def to_pixels(video, image):
-    """The way back, (B, C, L, h, w) -> (B, 3, L, H, W) in [-1, 1]; content frames are clips of one frame."""
+    """The inverse: (B, C, L, h, w) -> (B, 3, L, H, W) in [-1, 1]. A content frame is a clip with L = 1."""
     if image is not None:
         pixels = image.decode(rearrange(video, "b c l h w -> (b l) c h w"))
         video = rearrange(pixels, "(b l) c h w -> b c l h w", b=len(video))
     return video.float().clamp(-1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Appendix: LPIPS
-
-
 class LPIPS(nn.Module):
-    """The perceptual distance of Zhang et al. (2018), VGG16 version 0.1, frozen.
-
-    (N, 3, H, W) twice, in [-1, 1], H and W at least 16 -> (N,), 0 for equal images.
-    """
+    """The perceptual distance of Zhang et al. (2018), VGG16 version 0.1, frozen: (N, 3, H, W) twice, in [-1, 1], with H
+    and W at least 16 -> (N,), 0 for equal images."""
 
     def __init__(self):
         super().__init__()
         layers, inputs = [], 3
-        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):  # 0: halve the size
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):  # 0: pooling
             layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
             inputs = width or inputs
         self.features = nn.Sequential(*layers)  # numbered as in torchvision's VGG16
@@ -686,11 +644,11 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def stages(self, x):
-        """The five stages' last activations, each place's channel vector brought to length 1."""
+        """The five stages' last activations, with each pixel's channel vector scaled to length 1."""
         x = (x - self.mean) / self.deviation
         for i, layer in enumerate(self.features):
             x = layer(x)
-            if i in (3, 8, 15, 22, 29):  # the last ReLU before each halving, and the last of all
+            if i in (3, 8, 15, 22, 29):  # the last ReLU before each pooling, and the last of all
                 y = x.float()
                 yield y / (y.square().sum(1, keepdim=True) + 1e-20).sqrt()  # 1e-20: a finite gradient at 0
 
@@ -703,13 +661,10 @@ class LPIPS(nn.Module):
 
 def load_lpips(vgg_path, lpips_path):
     """LPIPS from torchvision's vgg16-397923af.pth and LPIPS's own vgg.pth (version 0.1)."""
-    vgg = find_part(read_checkpoint(vgg_path), "", ["features.0.weight"],
-                    f"{vgg_path} is not torchvision's vgg16-397923af.pth")
-    own = find_part(read_checkpoint(lpips_path), "", ["lin0.model.1.weight"], f"{lpips_path} is not LPIPS's vgg.pth")
+    model, vgg, own = LPIPS(), read_checkpoint(vgg_path), read_checkpoint(lpips_path)
     tensors = {name: tensor for name, tensor in vgg.items() if name.startswith("features.")}
     tensors |= {name.replace("lin", "lin.").replace("model.1.", ""): tensor for name, tensor in own.items()}
-    model = LPIPS()
-    load_weights(model, tensors, f"{vgg_path} and {lpips_path}: LPIPS")
+    load_weights(model, tensors, f"--lpips {vgg_path} {lpips_path}")
     return model
 
 
@@ -717,49 +672,53 @@ def load_lpips(vgg_path, lpips_path):
 # Appendix: reading raw checkpoints
 
 
-class Inert(dict):
-    """Stands in for an object of any class in a pickle: accepts every call and does nothing."""
+class EqualsDict(type):
+    """The type of a class that equals dict: torch sets items of an object only if its class is in [dict, ...]."""
+
+    def __eq__(cls, other):
+        return cls is other or other is dict
+
+    __hash__ = type.__hash__
+
+
+class Inert(list, metaclass=EqualsDict):
+    """Stands in for an object of any class in a file: accepts every call that reading it makes, and does nothing."""
 
     def ignore(self, *args, **kwargs):
         pass
 
-    __init__ = __setstate__ = append = extend = add = ignore
-    __hash__, __eq__ = object.__hash__, object.__eq__  # Lightning uses classes as keys
+    __init__ = __setstate__ = __setitem__ = append = extend = ignore
+    __hash__, __eq__ = object.__hash__, object.__eq__  # Lightning uses such objects as keys
 
 
-# The modules of Python's own library that checkpoints name for harmless reasons.
-HARMLESS = set("argparse collections copyreg datetime decimal enum pathlib types typing uuid _codecs".split())
+# What checkpoints name from Python's own library for harmless reasons: modules, and classes of builtins.
+HARMLESS = set("_codecs argparse collections copyreg datetime decimal enum functools pathlib types typing uuid "
+               "bytearray complex dict float frozenset int list object range set slice str tuple type".split())
 
 
 def stand_in(name):
-    """A class of its own for a class that a checkpoint names. InputError for functions and for what can run commands:
-    torch would not call them either, but a file that names them is not only weights."""
-    module, _, attribute = name.rpartition(".")
-    top = module.split(".")[0]
-    if top in sys.stdlib_module_names - HARMLESS and not (
-            top == "builtins" and isinstance(getattr(builtins, attribute, None), type)):
-        raise InputError(f"is refused: loading it normally would call {name}, so it is not only weights. Nothing of it "
-                         "was run; get the file from its original place")
+    """(an inert class, name) for a name in a file. InputError for names such as os.system: torch would not call the
+    function either, but a file that names it does not only hold weights."""
+    top, attribute = name.split(".")[0], name.split(".")[-1]
+    if top in {*sys.stdlib_module_names, "commands"} and not {top, attribute} & HARMLESS:  # Python 2's subprocess
+        raise InputError(f"is refused: loading it normally would call {name}, so it is not only weights. Nothing in it "
+                         "was executed; get the file from its original source")
     return type(attribute, (Inert,), {}), name
 
 
-def read_tree(path):
-    """What a file of weights holds, as nested dictionaries; its format is told by its first bytes."""
-    with open(path, "rb") as file:
-        head = file.read(64)
+def read_tree(path, head):
+    """What a file of weights that starts with `head` holds, as nested dictionaries."""
     if head[8:9] == b"{":
         with safe_open(path, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}
-    try:  # the names of all that torch would refuse
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except ValueError:  # not the zip format, but perhaps that from before PyTorch 1.6
-        names = []
+    new = zipfile.is_zipfile(path)  # else the format from before PyTorch 1.6
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if new else []  # all that torch would refuse
     with torch.serialization.safe_globals([stand_in(name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=new)
 
 
 def find_tensors(tree):
-    """The dictionary of tensors in what a checkpoint holds, without the levels that training programs put around it."""
+    """The dictionary of tensors in what a checkpoint holds, without the levels that training programs add around it."""
     if not isinstance(tree, dict):
         return {}
     for key in ("state_dict", "ema", "model", "module", "params"):
@@ -770,24 +729,24 @@ def find_tensors(tree):
 
 
 def read_checkpoint(path):
-    """Raw weights: .safetensors, or PyTorch's .ckpt / .pt / .pth in its zip or old format, told apart by content.
+    """Raw weights: .safetensors, or PyTorch's .ckpt / .pt / .pth in its zip or old format, recognised by content.
 
     Returns {name: tensor} on the CPU, in the file's dtype; most are views of the mapped file, so copy what you keep.
-    Nothing in the file is run: what is not a tensor (Lightning's objects, optimizers) is dropped, and so are the levels
-    around the tensors ('state_dict', 'ema' before 'model' and the like). Raises InputError for anything else.
+    Nothing in the file is executed. What is not a tensor (Lightning's objects, optimizers) is left out, and so are the
+    levels around the tensors ('state_dict', 'ema' before 'model' and so on). InputError for any other file.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise InputError(f"{path} is a folder, not weights" if os.path.isdir(path) else f"{path}: no such file")
+    with open(path, "rb") as file:
+        head = file.read(16)
     try:
-        tensors = find_tensors(read_tree(path))
+        tensors = find_tensors(read_tree(path, head))
     except InputError as error:
         raise InputError(f"{path} {error}") from None
     except Exception as error:  # a damaged pickle can raise anything
-        with open(path, "rb") as file:
-            head = file.read(16)
         raise InputError(f"{path} is damaged, or not a file of weights: it starts with {head}, and reading it ended "
-                         f"in {type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
+                         f"in {repr(error.__context__ or error)[:120]}") from None
     for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's
         if all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
@@ -797,29 +756,20 @@ def read_checkpoint(path):
 
 
 def find_part(tensors, prefix, names, what):
-    """The tensors whose names start with `prefix`, without it; all of them in a file that holds this part alone. Raises
-    InputError, which `what` opens, where one of `names` is not among them: it says what the file seems to be."""
+    """The tensors whose names start with `prefix`, without it, or all of them in a file that holds this part alone.
+    Raises InputError, which starts with `what`, if one of `names` is not among them."""
     part = {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)} or tensors
     if set(names) <= part.keys():
         return part
-    kinds = {"lora_": "a LoRA, which is a change to a model and not a model", "control": "a ControlNet",
-             "conditioner.embedders.": "SDXL", "label_emb.": "SDXL", "joint_blocks.": "SD 3", "double_blocks.": "Flux",
-             "down_blocks.": "in diffusers' format; the single original file is needed",
-             "transformer_blocks.": "a Stable Diffusion U-Net", "encoder.down.": "Stable Diffusion's image autoencoder",
-             "visual.": "a whole CLIP", "text_model.": "a CLIP text encoder", "resblocks.": "a CLIP text encoder",
-             "y_embedder.": "a DiT", "features.0.weight": "torchvision's VGG", "lin0.model.1.": "LPIPS's own layer"}
-    for mark, kind in kinds.items():
-        if found := [name for name in tensors if mark in name]:
-            raise InputError(f"{what}: it seems to be {kind} ({found[0]})")
     raise InputError(f"{what}: it holds {len(tensors)} tensors, the first named {', '.join(list(tensors)[:3])}")
 
 
 def load_weights(module, tensors, what):
-    """Loads {name: tensor} into a module, which may be on the meta device, in its dtype. Raises InputError, which
-    `what` opens, for missing, unexpected and misshaped tensors."""
+    """Copies {name: tensor} into a module, which may be on the meta device, in its dtype. Raises InputError, which
+    starts with `what`, for missing, unexpected and misshaped tensors."""
     own = module.state_dict()
     tensors = {name: tensor.to(own[name].dtype if name in own else None, copy=True) for name, tensor in tensors.items()}
-    try:  # with copies, so that the file may go while the model trains
+    try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise InputError(f"{what}: {' '.join(str(error).split())[:400]}") from None

@@ -1,21 +1,22 @@
-"""Stage 2, content frame diffusion: learns to draw content frames from noise, given a class or a text.
+"""Stage 2, content frame diffusion: learns to generate content frames from noise, given a class or a text.
 
 Equation 7 and table 7 of the paper. In: content frames (B, C, H, W) that stage 1 encoded, with labels or captions.
 Out: a diffusion model p(content | c): a DiT from scratch, or Stable Diffusion's U-Net, fine-tuned with nothing added.
 
     python content_diffusion.py                                      # on the shapes that autoencoder.py encoded
-    python content_diffusion.py --run-dir runs/ucf101                # the preset is the run's own
+    python content_diffusion.py --run-dir runs/ucf101                # with that folder's preset
     torchrun --nproc-per-node 8 content_diffusion.py --run-dir runs/webvid_sd15 --sd v1-5-pruned.safetensors
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 content_diffusion.py ...
 
 It needs nothing from stage 3: train both side by side. Where we differ from the authors' release: no learned variance
-(DDIM with eta 0 never uses it), EMA 0.999 as the paper says, and Stable Diffusion, which the release lacks.
+(DDIM with eta 0 never uses it), EMA 0.999 as in the paper, and Stable Diffusion, which the release lacks.
 """
 
 import copy
 import functools
 import math
 import warnings
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -30,7 +31,7 @@ from autoencoder import find_part, load_autoencoder, load_weights, read_checkpoi
 from data import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Diffusion: noising, and the loss
+# Diffusion: noising, loss and samplers
 
 
 class Diffusion:
@@ -39,7 +40,7 @@ class Diffusion:
     schedule  'linear' betas 1e-4 to 0.02 (DiT's), or 'scaled_linear', Stable Diffusion's 0.00085 to 0.012, linear in
               their roots
     predict   what the model returns: 'eps' as in the paper, 'v' = sqrt(abar) eps - sqrt(1 - abar) x, or the clean 'x',
-              which a narrow model can return where noise is more than it has room for
+              which suits a model that is narrower than its input
     """
 
     def __init__(self, schedule="linear", predict="eps"):
@@ -70,7 +71,7 @@ class Diffusion:
         return (output - target).square().mean()
 
     def estimates(self, output, x_t, t):
-        """The model's output for x_t -> what it takes for the clean x and for the noise eps, both (B, ...)."""
+        """The model's output for x_t -> its estimates of the clean x and of the noise eps, both (B, ...)."""
         signal, noise = self.scales(t, x_t)
         if self.predict == "x":
             return output, (x_t - signal * output) / noise
@@ -80,7 +81,7 @@ class Diffusion:
 
 
 def timesteps(steps):
-    """A list of `steps` timesteps, 1 to 1000 of them (else InputError), evenly from 999 down to 0."""
+    """`steps` timesteps, evenly spaced from 999 down to 0."""
     if not 1 <= steps <= 1000:
         raise InputError(f"{steps} steps: choose 1 to 1000")
     return torch.linspace(999, 0, steps).round().long().tolist()
@@ -90,7 +91,7 @@ def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None,
     """DDIM (Song et al. 2021, equation 12) from noise x (B, ...) to a clean sample of the same shape.
 
     denoise(x_t, t) returns what the model predicts for timesteps t (B,). eta 0 is deterministic, 1 is ancestral; its
-    noise comes from `generators`, one a sample. bounds: (low, high) that the clean x is known to lie in. progress wraps
+    noise comes from `generators`, one a sample. bounds: the (low, high) between which the clean x lies. progress wraps
     the list of steps, as tqdm does.
     """
     times = timesteps(steps)
@@ -111,8 +112,8 @@ def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None,
 def dpm(denoise, x, diffusion, steps=20, eta=0.0, generators=None, bounds=None, progress=iter):
     """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order in the log signal-to-noise ratio, one call a step.
 
-    The same arguments as ddim, but eta is not used: it is deterministic. Its timesteps are even in that ratio, not in
-    t: even in t, its last step would span half of the ratio's range and spoil the rest.
+    The arguments are those of ddim; eta is not used. Its timesteps are evenly spaced in that ratio: if they were in t,
+    the last step would span half of the ratio's range.
     """
     ratio = 0.5 * torch.logit(diffusion.abar)  # lambda_t = log(sqrt(abar) / sqrt(1 - abar))
     even = torch.linspace(ratio[999], ratio[0], len(timesteps(steps)), device=ratio.device)
@@ -162,7 +163,7 @@ def gaussian(generators, like):
 
 
 def sincos_positions(rows, columns, width):
-    """(rows * columns, width): fixed 2-D sine-cosine positions; the first half of the width tells the column."""
+    """(rows * columns, width): fixed 2-D sine-cosine positions. The first half of the width depends on the column."""
 
     def of(position):
         angle = position[:, None] / 10000 ** (torch.arange(width // 4) / (width // 4))
@@ -177,38 +178,6 @@ def timestep_embedding(t, width):
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angle = t[:, None].float() * frequencies
     return torch.cat([angle.cos(), angle.sin()], 1)
-
-
-def modulate(x, shift, scale):
-    """x (B, N, width), shift and scale (B, width)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-class TimestepEmbedder(nn.Module):
-    """t (B,) in 0..999 -> (B, width), from DiT's 256 sines and cosines."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t):
-        return self.mlp(timestep_embedding(t, 256).to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """Labels (B,) in 0..classes -> (B, width). The last, `classes`, stands for nothing: a dropped label."""
-
-    def __init__(self, classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, width)
-
-    def forward(self, labels):
-        return self.embedding_table(labels)
-
-
-def to_tokens(x):
-    """(B, C, H, W) -> (B, H W, C)"""
-    return x.flatten(2).transpose(1, 2)
 
 
 def attend(q, k, v, heads, causal=False):
@@ -230,64 +199,24 @@ class DiTAttention(nn.Module):
         return self.proj(attend(*self.qkv(x).chunk(3, dim=2), self.heads))
 
 
-class Mlp(nn.Module):
-    """The feed-forward of a transformer block: (B, N, width) -> (B, N, width)."""
-
-    def __init__(self, width, activation):
-        super().__init__()
-        self.fc1, self.fc2, self.activation = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), activation
-
-    def forward(self, x):
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class DiTBlock(nn.Module):
-    """A transformer block that the condition c shifts, scales and gates: x (B, N, width), c (B, width) -> x's shape.
-
-    Gates start at 0 (AdaLN-zero), so that it is the identity at first.
-    """
+    """A transformer block that the condition c shifts, scales and gates (AdaLN): x (B, N, width), c (B, width) -> x's
+    shape. The gates start at 0, so that it is the identity at first."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = DiTAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, nn.GELU("tanh"))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
-
-
-class FinalLayer(nn.Module):
-    """x (B, N, width), c (B, width) -> (B, N, out)."""
-
-    def __init__(self, width, out):
-        super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-def init_transformer(model):
-    """DiT's initialisation, of a DiT or a MotionDiT. Zero gates and a zero last layer: at first the output is zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for block in model.blocks:
-        nn.init.zeros_(block.adaLN_modulation[-1].weight)
-    nn.init.zeros_(model.final_layer.adaLN_modulation[-1].weight)
-    nn.init.zeros_(model.final_layer.linear.weight)
-    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
-        nn.init.normal_(layer.weight, std=0.02)
+        c = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 width)
+        shift1, scale1, gate1, shift2, scale2, gate2 = c.chunk(6, dim=2)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        h = F.gelu(self.mlp.fc1(self.norm2(x) * (1 + scale2) + shift2), approximate="tanh")
+        return x + gate2 * self.mlp.fc2(h)
 
 
 DIT_SIZES = {  # Peebles & Xie, table 1; "mini" is ours, for the shapes preset
@@ -302,34 +231,47 @@ DIT_SIZES = {  # Peebles & Xie, table 1; "mini" is ours, for the shapes preset
 class DiT(nn.Module):
     """dit(x, t, labels): x (B, C, H, W), t (B,) in 0..999, labels (B,) in 0..classes -> (B, C, H, W).
 
-    Label `classes` means nothing. size: H and W, an int or a pair, divisible by `patch`, else InputError. Tensors have
-    the raw DiT files' names, but no variance is predicted: DDIM with eta 0 never uses it. Defaults: DiT-XL/2 on Stable
-    Diffusion's latents of 256x256. `checkpointing = True` recomputes activations in the backward pass.
+    Label `classes` means nothing: a dropped label. size: H and W, an int or (H, W), divisible by `patch`. Tensors have
+    the raw DiT files' names, but no variance is predicted. Defaults: DiT-XL/2 on Stable Diffusion's latents of 256x256.
+    `checkpointing = True` recomputes activations in the backward pass.
     """
 
     def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, classes=1000):
         super().__init__()
         self.channels, self.patch, self.classes = channels, patch, classes
-        height, wide = data.pair(size)
+        height, wide = (size, size) if isinstance(size, int) else size
         if height % patch or wide % patch:
             raise InputError(f"a content frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}")
         self.grid = (height // patch, wide // patch)
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Conv2d(channels, width, patch, patch)
+        self.x_embedder = nn.ModuleDict(dict(proj=nn.Conv2d(channels, width, patch, patch)))
         self.register_buffer("pos_embed", sincos_positions(*self.grid, width)[None], persistent=False)
-        self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(classes, width)
+        self.t_embedder = nn.ModuleDict(dict(
+            mlp=nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))))
+        self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(classes + 1, width)))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch * patch * channels)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        last = self.final_layer = nn.ModuleDict(dict(
+            linear=nn.Linear(width, patch * patch * channels),
+            adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))))
         self.checkpointing = False
-        init_transformer(self)
+        # DiT's initialisation. Zero gates and a zero last layer: at first the output is zero.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in [*(block.adaLN_modulation[-1] for block in self.blocks), last.adaLN_modulation[-1], last.linear]:
+            nn.init.zeros_(layer.weight)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, x, t, labels):
-        x = to_tokens(self.x_embedder.proj(x)) + self.pos_embed  # (B, N, width)
-        c = self.t_embedder(t) + self.y_embedder(labels)  # (B, width)
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, width)
+        c = timestep_embedding(t, 256).to(self.final_layer.linear.weight.dtype)
+        c = self.t_embedder.mlp(c) + self.y_embedder.embedding_table(labels)  # (B, width)
         for block in self.blocks:
             x = checkpoint(block, x, c, use_reentrant=False) if self.checkpointing and self.training else block(x, c)
-        x = self.final_layer(x, c)  # (B, N, patch * patch * C)
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=2)
+        x = self.final_layer.linear(self.norm(x) * (1 + scale) + shift)  # (B, N, patch * patch * C)
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid[0], p=self.patch, q=self.patch)
 
 
@@ -378,37 +320,41 @@ def flags():
 
 
 def load_content(run_dir):
-    """(DiT or UNet with its EMA weights, TextEncoder or None, checkpoint) of a run folder, on the CPU."""
+    """(DiT or UNet with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU."""
     state = data.load_checkpoint(f"{run_dir}/content.pt", "content")
+    diffusion = Diffusion(state["args"]["schedule"], state["args"]["predict"])
     if state["config"]["model"] == "sd":
-        return build_unet(state["ema"], "content.pt"), open_text_encoder(**state["text_encoder"]), state
+        return build_unet(state["ema"], "content.pt"), open_text_encoder(**state["text_encoder"]), diffusion, state
     model = DiT(**{name: value for name, value in state["config"].items() if name != "model"})
     model.load_state_dict(state["ema"])
-    return model, None, state
+    return model, None, diffusion, state
 
 
-def new_model(args, shape, classes):
-    """(config, DiT or UNet, TextEncoder or None) to train, by the flags. shape: (C, H, W) of a content frame."""
+def new_model(args, dataset, rank):
+    """(config, DiT or UNet, TextEncoder or None) to train, by the flags and the encodings."""
+    C, *size = dataset.content_shape
     if args.sd and args.model != "sd" or args.dit and args.model == "sd":
         raise InputError("--sd is for --model sd, --dit for the other models")
     if args.model == "sd":
         if not args.sd:
             raise InputError("--model sd needs --sd: a raw Stable Diffusion 1.5 or 2.1-base file")
         unet, text_encoder = load_stable_diffusion(args.sd)
-        if shape[0] != unet.channels:
-            raise InputError(f"the content frames in {args.run_dir} have {shape[0]} channels, Stable Diffusion's latents "
+        if C != unet.channels:
+            raise InputError(f"the content frames in {args.run_dir} have {C} channels, and Stable Diffusion's latents "
                              f"{unet.channels}: encode with `autoencoder.py --preset webvid_sd15`")
         return dict(model="sd"), unet, text_encoder
-    config = dict(channels=shape[0], size=list(shape[1:]), patch=args.patch, classes=classes, **DIT_SIZES[args.model])
+    classes = max(1, len(dataset.classes))
+    config = dict(channels=C, size=size, patch=args.patch, classes=classes, **DIT_SIZES[args.model])
     dit = DiT(**config)
-    if args.dit:
-        data.print_once(load_dit(args.dit, dit))
+    unused = load_dit(args.dit, dit) if args.dit else None
+    if unused and rank == 0:
+        print(unused)
     return dict(config, model=args.model), dit, None
 
 
 @torch.no_grad()
-def preview(path, args, ema, diffusion, condition_of, dataset, device, autocast):
-    """Draws 16 content frames (from Stable Diffusion 4) by 25 DDIM steps, without guidance."""
+def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast):
+    """Writes a picture of 16 content frames (4 from Stable Diffusion), made by 25 DDIM steps without guidance."""
     image = load_autoencoder(args.run_dir, device)[1]
     number = 4 if image else 16
     batch = dict(label=torch.arange(number) % max(1, len(dataset.classes)),
@@ -417,7 +363,8 @@ def preview(path, args, ema, diffusion, condition_of, dataset, device, autocast)
     noise = torch.randn(number, *dataset.content_shape, generator=torch.Generator().manual_seed(0)).to(device)
     with autocast:
         frames = ddim(lambda x, t: ema(x, t, condition), noise, diffusion, steps=25)
-    data.write_sheet(path, list(to_pixels(frames[:, :, None], image).cpu()), columns=8)
+    pictures = list(to_pixels(frames[:, :, None], image).cpu())
+    data.write_sheet(f"{args.run_dir}/previews/content-{step:06d}.png", pictures, columns=8)
 
 
 def main():
@@ -426,21 +373,19 @@ def main():
     autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
     path = f"{args.run_dir}/content.pt"
 
-    # Data: content frames with their labels or captions
+    # Data: content frames, with their labels or captions
     dataset = data.EncodedClips(args.run_dir, args.data)
-    shape, first = dataset.content_shape, 0  # (C, H, W)
+    shape, first = dataset.content_shape, saved["step"] if saved else 0  # (C, H, W)
 
     # Model
     if saved:
-        model, text_encoder, _ = load_content(args.run_dir)
+        model, text_encoder, _, _ = load_content(args.run_dir)
         config = saved["config"]
         if saved["fingerprint"] != dataset.fingerprint:
-            raise InputError(f"{path} was trained on the encodings of another autoencoder: train again in another "
-                             "--run-dir, or delete it")
+            raise InputError(f"{path} was trained on the encodings of another autoencoder: use another --run-dir")
     else:
-        config, model, text_encoder = new_model(args, shape, max(1, len(dataset.classes)))
-    model.to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+        config, model, text_encoder = new_model(args, dataset, rank)
+    ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
     model.checkpointing = args.checkpointing
     if text_encoder:
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
@@ -449,7 +394,6 @@ def main():
     if saved:  # so far the model has the averages
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
     diffusion = Diffusion(args.schedule, args.predict).to(device)
     predict = torch.compile(model) if args.compile else model
     if world > 1:
@@ -467,21 +411,22 @@ def main():
         data.save_checkpoint(path, dict(
             stage="content", step=step, args=vars(args), config=config, classes=dataset.classes, shape=list(shape),
             fingerprint=dataset.fingerprint, model=model.state_dict(), ema=ema.state_dict(),
-            optimizer=optimizer.state_dict(), log=log.state(), text_encoder=text_encoder and text_encoder.state()))
+            text_encoder=text_encoder and text_encoder.state(), optimizer=optimizer.state_dict(),
+            progress=progress.state()))
 
     clips = data.batches(dataset, args.batch_size, args.seed, first, args.workers)
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
-    size = share // args.accumulate
-    parts = [slice(i, i + size) for i in range(0, share, size)]  # rows that pass through the model together
-    log = data.Log(args, "content", first, device, saved and saved["log"])
-    stop, generator, last = data.StopSignal(), torch.Generator(device), max(first, args.steps)
-    data.print_once(f"content model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
-                    f"steps {first} to {last}, {path}; {device}, {dtype}")
+    parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
+    progress = data.Progress(args, "content", first, device, saved and saved["progress"])
+    generator, last = torch.Generator(device), max(first, args.steps)
+    if rank == 0:
+        print(f"content model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
+              f"steps {first} to {last}, {path}; {device}, {dtype}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="content", disable=rank > 0)
     for step in bar:
-        # The random numbers of step s depend on (seed, s) alone, and are drawn for the whole batch, of which each rank
-        # takes its rows: so a resumed run, or one on more ranks, sees the same ones.
+        # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank
+        # takes its rows: they are the same after a resume or with another number of ranks.
         generator.manual_seed(args.seed * 1_000_003 + step)
         t = torch.randint(1000, (args.batch_size,), generator=generator, device=device)[mine]
         noise = torch.randn(args.batch_size, *shape, generator=generator, device=device)[mine]
@@ -510,18 +455,17 @@ def main():
         optimizer.zero_grad()
 
         # The rest is logging, pictures and saving.
-        log.add(loss, finite)
-        done, stopping = step + 1, bool(stop)
+        progress.add(loss, finite)
+        done, stopping = step + 1, progress.stopping()
         if done % args.log_every == 0 or done == last:
-            log.write(bar, done, lr=lr, grad_norm=norm.item())
+            progress.write(bar, done, lr=lr, grad_norm=norm.item())
         if done % args.save_every == 0 or done == last or stopping:
             save(done)
         if stopping:
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
         if rank == 0 and (done % args.preview_every == 0 or done == last):
-            preview(f"{args.run_dir}/previews/content-{done:06d}.png", args, ema, diffusion, condition_of, dataset, device,
-                    autocast)
+            preview(args, done, ema, diffusion, condition_of, dataset, device, autocast)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,7 +489,7 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Each of N tokens looks at M others: (B, N, width), (B, M, context) -> (B, N, width)."""
+    """Each of N tokens attends to M others: (B, N, width), (B, M, context) -> (B, N, width)."""
 
     def __init__(self, width, context, heads):
         super().__init__()
@@ -559,66 +503,53 @@ class CrossAttention(nn.Module):
         return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
-class GEGLU(nn.Module):
-    """(B, N, width) -> (B, N, hidden): half of what is projected gates the other half."""
-
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * hidden)
-
-    def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
-
-
 class TransformerBlock(nn.Module):
-    """Attention among the places, to the text, and a feed-forward: (B, N, width), (B, M, context) -> (B, N, width)."""
+    """Attention among the pixels, to the text, and a feed-forward: (B, N, width), (B, M, context) -> (B, N, width)."""
 
     def __init__(self, width, context, heads):
         super().__init__()
         self.attn1 = CrossAttention(width, width, heads)
         self.attn2 = CrossAttention(width, context, heads)
-        self.ff = nn.ModuleDict(dict(
-            net=nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))))
+        proj = nn.ModuleDict(dict(proj=nn.Linear(width, 2 * 4 * width)))
+        self.ff = nn.ModuleDict(dict(net=nn.ModuleList([proj, nn.Identity(), nn.Linear(4 * width, width)])))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x, context):
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff.net(self.norm3(x))
+        h, gate = self.ff.net[0].proj(self.norm3(x)).chunk(2, dim=-1)  # (B, N, 4 width) each
+        return x + self.ff.net[2](h * F.gelu(gate))
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the places of a feature map x (B, width, H, W), context (B, M, context) -> x's shape.
-
-    linear: whether the projections around it are linear layers on its tokens (2.1) or 1x1 convolutions (1.5).
-    """
+    """A transformer block over the pixels of a feature map x (B, width, H, W), context (B, M, context) -> x's shape.
+    linear: the projections around it are linear layers (2.1), not 1x1 convolutions (1.5), which compute the same."""
 
     def __init__(self, width, context, heads, linear):
         super().__init__()
-        self.linear = linear
         self.norm = nn.GroupNorm(32, width, eps=1e-6)
         self.proj_in, self.proj_out = (nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
                                        for _ in range(2))
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context, heads)])
+        self.linear = linear
 
     def forward(self, x, context):
-        def to_map(tokens):
-            return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
-
         h = self.norm(x)
-        h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))  # (B, HW, width)
+        h = h if self.linear else self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, HW, width)
+        h = self.proj_in(h) if self.linear else h
         h = self.transformer_blocks[0](h, context)
-        return x + (to_map(self.proj_out(h)) if self.linear else self.proj_out(to_map(h)))
+        h = self.proj_out(h) if self.linear else h
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, width, H, W)
+        return x + (h if self.linear else self.proj_out(h))
 
 
 class UNet(nn.Module):
     """Stable Diffusion's U-Net: noisy latents -> the noise in them. Its state_dict has the raw file's names.
 
-    The defaults are 1.5 (859.5 M parameters); `context=1024, head_width=64` is 2.1 (865.9 M), where the heads' width is
-    fixed instead of their number and the transformers' projections are linear layers instead of 1x1 convolutions.
-    `checkpointing = True` recomputes activations in the backward pass.
+    The defaults are 1.5 (859.5 M parameters). `context=1024, head_width=64` is 2.1 (865.9 M), which fixes the heads'
+    width instead of their number. `checkpointing = True` recomputes activations in the backward pass.
     """
 
     def __init__(self, width=320, context=768, heads=8, head_width=None, multipliers=(1, 2, 4, 4), blocks=2):
@@ -642,7 +573,7 @@ class UNet(nn.Module):
                 here = width * multiplier
                 skips.append(here)
             if level < last:
-                down = nn.ModuleDict(dict(op=nn.Conv2d(here, here, 3, stride=2, padding=1)))
+                down = nn.Sequential(OrderedDict(op=nn.Conv2d(here, here, 3, stride=2, padding=1)))
                 self.input_blocks.append(nn.ModuleList([down]))
                 skips.append(here)
         self.middle_block = nn.ModuleList(
@@ -657,18 +588,16 @@ class UNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(32, here), nn.SiLU(), nn.Conv2d(here, 4, 3, padding=1))
 
     def apply_block(self, layers, x, time, context, size=None):
-        """x (B, C, H, W) through the layers of a block. size: H and W that an upsampling ends with."""
+        """x (B, C, H, W) through the layers of a block. size: H and W after an upsampling."""
         for layer in layers:
             if isinstance(layer, (ResBlock, SpatialTransformer)):
                 c = time if isinstance(layer, ResBlock) else context
                 recompute = self.checkpointing and self.training
                 x = checkpoint(layer, x, c, use_reentrant=False) if recompute else layer(x, c)
-            elif isinstance(layer, nn.Conv2d):
-                x = layer(x)
-            elif "op" in layer:
-                x = layer["op"](x)  # (B, C, ceil(H/2), ceil(W/2))
-            else:
+            elif isinstance(layer, nn.ModuleDict):  # upsampling
                 x = layer["conv"](F.interpolate(x, size=size, mode="nearest"))
+            else:
+                x = layer(x)
         return x
 
     def forward(self, x, t, context):
@@ -681,7 +610,7 @@ class UNet(nn.Module):
         x = self.apply_block(self.middle_block, x, time, context)
         for layers in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
-            # Up to the next skip's size: twice this one, or one less where that was odd.
+            # Upsampled to the next skip's size: twice this one, or one less where that is odd.
             x = self.apply_block(layers, x, time, context, size=skips[-1].shape[2:] if skips else None)
         return self.out(x)
 
@@ -699,10 +628,8 @@ def tokenizer():
 
 
 def tokenize(captions, pad):
-    """A list of B captions -> tokens (B, 77): START, the words, END, then `pad`.
-
-    Longer captions lose their last words (END stays last); one warning a call names the words lost.
-    """
+    """A list of B captions -> tokens (B, 77): START, the words, END, then `pad`. The last words of a longer caption are
+    left out, with one warning a call."""
     tokens, lost = torch.full((len(captions), 77), pad), []
     for row, caption in zip(tokens, captions):
         words = tokenizer().encode(caption)
@@ -720,24 +647,24 @@ class TextLayer(nn.Module):
 
     def __init__(self, width, heads, quick_gelu):
         super().__init__()
-        self.heads = heads
+        self.heads, self.quick_gelu = heads, quick_gelu
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attn = nn.ModuleDict({f"{part}_proj": nn.Linear(width, width) for part in ("q", "k", "v", "out")})
-        self.mlp = Mlp(width, (lambda h: h * torch.sigmoid(1.702 * h)) if quick_gelu else F.gelu)
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width)))
 
     def forward(self, x):
         h, attention = self.layer_norm1(x), self.self_attn
         h = attend(attention.q_proj(h), attention.k_proj(h), attention.v_proj(h), self.heads, causal=True)
         x = x + attention.out_proj(h)
-        return x + self.mlp(self.layer_norm2(x))
+        h = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text transformer, the hidden states of all tokens: tokens (B, 77) -> (B, 77, width).
+    """CLIP's text transformer, with Hugging Face's names: tokens (B, 77) -> hidden states (B, 77, width).
 
-    The defaults are 1.5's: CLIP ViT-L/14, quick-GELU, padded with END. 2.1's is OpenCLIP ViT-H/14 up to its
-    last-but-one layer: width 1024, 23 layers, 16 heads, exact GELU, padded with 0. Names are Hugging Face's; padding
-    is not masked.
+    The defaults are 1.5's: CLIP ViT-L/14, quick-GELU, padded with END. 2.1's is OpenCLIP ViT-H/14 without its last
+    layer: width 1024, 23 layers, 16 heads, exact GELU, padded with 0.
     """
 
     def __init__(self, width=768, layers=12, heads=12, quick_gelu=True, pad=END):
@@ -757,7 +684,7 @@ class TextEncoder(nn.Module):
         return self.final_layer_norm(x)
 
     def state(self):
-        """What a checkpoint keeps: the config, and the weights in half precision, since they are only read."""
+        """What a checkpoint keeps: the config, and the weights in half precision, since they are not trained."""
         return dict(config=self.config, weights={name: tensor.half() for name, tensor in self.state_dict().items()})
 
     def encode(self, captions):
@@ -770,13 +697,14 @@ class TextEncoder(nn.Module):
 
 
 def build_unet(tensors, path):
-    """The UNet in a Stable Diffusion file's tensors, whose shapes tell its sizes. `path` opens the InputError."""
+    """The UNet in a Stable Diffusion file's tensors, whose shapes tell its sizes. `path` starts an InputError."""
     first, keys = "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    own = find_part(tensors, "model.diffusion_model.", [first, keys], f"{path} is not a Stable Diffusion 1.5 or 2.1 file")
+    what = f"{path} is not a Stable Diffusion 1.5 or 2.1 file"
+    own = find_part(tensors, "model.diffusion_model.", [first, keys], what)
     width, channels = own[first].shape[:2]
     if channels != 4 or any(name.startswith("label_emb.") for name in own):
-        kind = {5: "depth-to-image", 7: "upscaling", 8: "InstructPix2Pix", 9: "inpainting"}.get(channels, "SDXL or another")
-        raise InputError(f"{path}: this is the {kind} U-Net, with {channels} input channels; 1.5 or 2.1-base is needed")
+        raise InputError(f"{path}: this U-Net has {channels} input channels{', and class labels' * (channels == 4)}, "
+                         "as inpainting models and SDXL do: 1.5 or 2.1-base is needed")
     levels = 1 + sum(name.endswith(".0.op.weight") for name in own)
     blocks = len({name.split(".")[1] for name in own if name.startswith("input_blocks.")}) // levels - 1
     multipliers = [len(own.get(f"input_blocks.{1 + i * (blocks + 1)}.0.out_layers.3.weight", own[first])) // width
@@ -810,19 +738,20 @@ def from_openclip(tensors):
 
 
 def build_text_encoder(tensors, path):
-    """The frozen TextEncoder in a file's tensors, named as Hugging Face or OpenCLIP do. `path` opens the InputError."""
-    table = next((name for name in tensors if name.endswith("token_embedding.weight")), "token_embedding.weight")
-    openclip = not table.endswith("embeddings.token_embedding.weight")
-    prefix = table.removesuffix("token_embedding.weight").removesuffix("embeddings.")
-    own = find_part(tensors, prefix, [table.removeprefix(prefix)], f"{path}: this file has no text encoder")
+    """The frozen TextEncoder in a file's tensors, named as Hugging Face or OpenCLIP do. `path` starts an InputError."""
+    openclip = any("resblocks." in name for name in tensors)
+    table = "token_embedding.weight" if openclip else "embeddings.token_embedding.weight"
+    prefix = next((name.removesuffix(table) for name in tensors if name.endswith(table)), "")
+    own = find_part(tensors, prefix, [table], f"{path}: this file has no text encoder")
+    width = own[table].shape[1]
     own = {name: tensor for name, tensor in (from_openclip(own) if openclip else own).items()
            if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and "position_ids" not in name}
-    layers, width = len({name.split(".")[2] for name in own if name.startswith("encoder.")}), tensors[table].shape[1]
+    layers = len({name.split(".")[2] for name in own if name.startswith("encoder.")})
     config = dict(width=width, layers=layers, heads=width // 64, quick_gelu=not openclip, pad=0 if openclip else END)
     return open_text_encoder(config, own, f"{path}: the text encoder")
 
 
-def open_text_encoder(config, weights, what="the run's text encoder"):
+def open_text_encoder(config, weights, what="the run folder's text encoder"):
     """A frozen TextEncoder, float32, on the CPU, from its state() in a checkpoint."""
     with torch.device("meta"):
         encoder = TextEncoder(**config)
@@ -831,52 +760,47 @@ def open_text_encoder(config, weights, what="the run's text encoder"):
 
 
 def load_text_encoder(path):
-    """The frozen TextEncoder of a full Stable Diffusion file, or of a file of CLIP ViT-L/14 (Hugging Face's names) or
-    OpenCLIP ViT-H/14, whose picture half is ignored."""
+    """The frozen TextEncoder of a full Stable Diffusion file, CLIP ViT-L/14 (Hugging Face) or OpenCLIP ViT-H/14."""
     return build_text_encoder(read_checkpoint(path), path)
 
 
 @torch.no_grad()
 def noise_agreement(unet, encoder):
-    """Cosine between a U-Net's input and output at t = 999, where the input is all but noise: eps-models return it (close
-    to 1), v-models return -x0."""
-    tokens = torch.full((1, 77), encoder.pad)
-    tokens[0, :2] = torch.tensor([START, END])
+    """Cosine between a U-Net's input and output at t = 999, where the input is almost pure noise: eps-models return it
+    (close to 1), v-models return -x0."""
     x = torch.randn(1, unet.channels, 16, 16, generator=torch.Generator().manual_seed(0))
-    return F.cosine_similarity(unet(x, torch.tensor([999]), encoder(tokens)).flatten(), x.flatten(), dim=0).item()
+    return F.cosine_similarity(unet(x, torch.tensor([999]), encoder.encode([""])).flatten(), x.flatten(), dim=0).item()
 
 
 def load_stable_diffusion(path):
     """A full Stable Diffusion 1.5 or 2.1-base file (.safetensors, .ckpt) -> UNet, TextEncoder (frozen), float32, CPU.
-
-    Shapes tell the version, but not the 768 model of 2.1, which predicts v: a U-Net that does not return the noise at
-    t = 999 is warned of.
-    """
+    The shapes tell the version. A model that seems to predict v, as 2.1's 768 model does, gives a warning."""
     tensors = read_checkpoint(path)
     unet, encoder = build_unet(tensors, path), build_text_encoder(tensors, path)
     agreement = noise_agreement(unet, encoder)
     if agreement < 0.7:
-        warnings.warn(f"{path}: at t = 999 the U-Net's output has cosine {agreement:.2f} with the noise, where a model that"
-                      " predicts it has almost 1: a v-prediction model (such as 768-v), or not a trained one", stacklevel=2)
+        warnings.warn(f"{path}: at t = 999 the U-Net's output has cosine {agreement:.2f} with the noise, instead of "
+                      "almost 1: it predicts v (as 2.1's 768 model does), or is not a trained one", stacklevel=2)
     return unet, encoder
 
 
 def load_dit(path, dit):
-    """Loads DiT's raw ImageNet weights (DiT-XL-2-256x256.pt) into a DiT, with classes of its own; returns a line on what
-    could not be used. InputError for another kind of file and for another width or depth."""
+    """Loads DiT's raw ImageNet weights (DiT-XL-2-256x256.pt) into a DiT and returns a line on what could not be used.
+    InputError for another kind of file, width or depth."""
     table, last = "y_embedder.embedding_table.weight", "final_layer.linear."
     tensors = find_part(read_checkpoint(path), "", ["x_embedder.proj.weight", table, last + "weight"],
                         f"{path} is not a DiT checkpoint")
     own, (channels, patch) = dit.state_dict(), tensors["x_embedder.proj.weight"].shape[1:3]
-    tensors.pop("pos_embed", None)  # computed here for any grid
-    unused = f"its {len(tensors[table]) - 1} classes"
-    tensors[table] = torch.cat([own[table][:-1], tensors[table][-1:]])  # the last row stands for no class
-    for name in (last + "weight", last + "bias"):  # rows are (p, q, channel); those after the channels are for sigma
+    tensors.pop("pos_embed", None)  # computed here, for any grid
+    unused, nothing = f"its {len(tensors[table]) - 1} classes", tensors[table][-1]
+    tensors[table] = own[table]
+    for name in (last + "weight", last + "bias"):  # rows are (p, q, channel): those after the channels are variances
         tensors[name] = tensors[name].unflatten(0, (patch**2, -1))[:, :channels].flatten(0, 1)
-    if (channels, patch) != (dit.channels, dit.patch):  # no pixel means the same
+    if (channels, patch) != (dit.channels, dit.patch):
         tensors |= {name: own[name] for name in own if name.startswith(("x_embedder.", last))}
         unused += f", its first and last layer ({channels} channels, patch {patch})"
     load_weights(dit, tensors, f"{path}: the DiT")
+    dit.y_embedder.embedding_table.weight.data[-1] = nothing  # the last row stands for no class
     return f"{path}: not used are {unused}"
 
 

@@ -1,8 +1,6 @@
-"""The data loader and what else the scripts share: videos, stored encodings, batches, run folders, ranks and flags.
-
-A clip is a float tensor (3, L, H, W) in [-1, 1]: L frames of H x W pixels. In order: the embedded moving shapes;
-reading videos; data sets of videos; writing videos; encodings, which stage 1 writes and stages 2 and 3 read; batches;
-checkpoints and logs; the start and end of a process; command-line flags.
+"""What the scripts share. In order: the embedded moving shapes; reading videos; data sets of videos; writing videos;
+encodings, which stage 1 writes and stages 2 and 3 read; batches; checkpoints and logs; the start and end of a process;
+command-line flags. A clip is a float tensor (3, L, H, W) in [-1, 1]: L frames of H x W pixels.
 """
 
 import argparse
@@ -10,16 +8,16 @@ import concurrent.futures
 import contextlib
 import csv
 import ctypes
-import datetime
 import errno
 import functools
+import glob
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import tarfile
@@ -81,7 +79,6 @@ def print_once(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # Moving shapes: the embedded data set
 
-
 SHAPES = ("circle", "square", "triangle")
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y); y grows downwards
 COLOURS = {  # RGB, 0..1
@@ -97,42 +94,28 @@ COLOURS = {  # RGB, 0..1
 
 
 class MovingShapes(torch.utils.data.Dataset):
-    """One shape moves in one direction over a soft, dark, two-coloured background: 12 classes, made on the fly.
-
-    Clip i depends on (seed, split, i) alone, so every process makes the same one. `train` is endless (any index is
-    valid, its length is nominal); `test` is a fixed set of other clips.
-
-    frames: L >= 1. size: pixels, an int or (H, W). Items: video (3, L, H, W) in [-1, 1], label 0..11 (index % 12, so
-    batches are balanced), caption 'a red circle moving left'.
-    """
+    """One shape moves in one direction over a dark background: 12 classes, made on the fly. Clip i depends on (seed,
+    split, i) alone. `train` is endless (its length is nominal), `test` is a fixed set of other clips."""
 
     classes = [f"{shape} moving {move}" for shape in SHAPES for move in MOVES]
 
     def __init__(self, frames=16, size=32, seed=0, split="train"):
-        self.frames, self.size, self.seed, self.split = frames, pair(size), seed, split
-        self.length = {"train": 1_000_000, "test": 2_400}[split]
-        self.endless = split == "train"
+        self.frames, self.size, self.seed, self.endless = frames, pair(size), seed, split == "train"
 
     def __len__(self):
-        return self.length
+        return 1_000_000 if self.endless else 2_400
 
     def __getitem__(self, key):
         index, number = key if isinstance(key, tuple) else (key, 0)
-        if not self.endless and index >= self.length:
+        if not self.endless and index >= len(self):
             raise IndexError(index)
-        rng = np.random.default_rng([self.seed, self.split == "test", index, number])
-        label = index % len(self.classes)
+        rng = np.random.default_rng([self.seed, not self.endless, index, number])
+        label, (height, width) = index % len(self.classes), self.size
         shape, move = SHAPES[label // len(MOVES)], list(MOVES)[label % len(MOVES)]
-        colour = list(COLOURS)[rng.integers(len(COLOURS))]
-        video = self.render(rng, shape, np.array(MOVES[move]), np.array(COLOURS[colour]))
-        article = "an" if colour == "orange" else "a"
-        return dict(video=video, label=label, caption=f"{article} {colour} {shape} moving {move}")
-
-    def render(self, rng, shape, move, colour):
-        height, width = self.size
+        name = list(COLOURS)[rng.integers(len(COLOURS))]
         y, x = np.ogrid[0.5:height, 0.5:width]  # pixel centres
-        # The background: two dark colours blended along a random direction. Every shape is brighter: with darker ones
-        # among them, a content model trained for minutes would draw their mean.
+        # The background: two colours blended along a random direction, darker than every shape, since a content model
+        # that is trained for minutes would generate the mean of darker and brighter ones.
         angle = rng.uniform(0, 2 * np.pi)
         ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle) + 0.5
         first, second = rng.uniform(0.15, 0.4, (2, 1)) + rng.uniform(-0.08, 0.08, (2, 3))
@@ -140,13 +123,13 @@ class MovingShapes(torch.utils.data.Dataset):
         # The path: a straight line inside the frame, 0.6 to 1 times as long as the frame allows.
         reach = rng.uniform(0.29, 0.35) * min(height, width)
         free = np.array([width, height]) - 2 * reach
-        travel = free * move * rng.uniform(0.6, 1)
+        travel = free * MOVES[move] * rng.uniform(0.6, 1)
         start = reach + np.maximum(0, -travel) + rng.uniform(0, 1, 2) * (free - np.abs(travel))
         centre = start + np.linspace(0, 1, self.frames)[:, None] * travel  # (L, 2)
         px = x - centre[:, 0, None, None]  # (L, 1, W)
         py = y - centre[:, 1, None, None]  # (L, H, 1)
-        # Signed distance to the edge in pixels, negative inside; the last half pixel is the anti-aliasing. All shapes
-        # have the area 2 reach^2: guidance exaggerates differences between classes, and would make a small shape faint.
+        # Distance to the edge in pixels, negative inside; the last half pixel is anti-aliased. All shapes have the same
+        # area, 2 reach^2: guidance exaggerates differences between classes, and would make a small shape faint.
         if shape == "circle":
             distance = np.hypot(px, py) - (2 / np.pi) ** 0.5 * reach
         elif shape == "square":
@@ -154,14 +137,14 @@ class MovingShapes(torch.utils.data.Dataset):
         else:  # a triangle, point up, as wide as high
             distance = np.maximum((2 * np.abs(px) - (py + reach)) / 5**0.5, py - reach)
         cover = np.clip(0.5 - distance, 0, 1)[..., None]  # (L, H, W, 1)
-        colour = np.clip(colour + rng.uniform(-0.08, 0.08, 3), 0, 1)
+        colour = np.clip(COLOURS[name] + rng.uniform(-0.08, 0.08, 3), 0, 1)
         clip = background + cover * (colour - background)  # (L, H, W, 3)
-        return torch.from_numpy(clip.astype(np.float32) * 2 - 1).permute(3, 0, 1, 2)  # (3, L, H, W)
+        video = torch.from_numpy(clip.astype(np.float32) * 2 - 1).permute(3, 0, 1, 2)  # (3, L, H, W)
+        return dict(video=video, label=label, caption=f"a{'n' * (name == 'orange')} {name} {shape} moving {move}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading videos
-
 
 VIDEO_ENDINGS = tuple(".avi .mp4 .mkv .mov .webm .gif .m4v .mpg .mpeg .wmv .flv .ogv .ts .mts .m2ts .3gp .vob".split())
 # Bicubic, which FFmpeg widens when it shrinks a picture, so that nothing aliases. Accurate rounding, since the fast one
@@ -171,7 +154,7 @@ SCALING = dict(threads=1, interpolation=(
 
 
 class BadVideo(Exception):
-    """One file cannot be used; str() is the reason, without the file's name."""
+    """A file cannot be used; str() is the reason, without the file's name."""
 
 
 def find_videos(root):
@@ -185,136 +168,118 @@ def find_videos(root):
     return sorted(found)
 
 
-@contextlib.contextmanager
-def open_video(file):
-    """file: a path, or an open binary file. Yields (container, its first video stream). Whatever goes wrong, here or in
-    the `with` block, is raised as BadVideo."""
-    try:
-        file.seek(0) if hasattr(file, "read") else os.stat(file)
-        # An absolute path, so that no name looks like a protocol ("12:30.mp4").
-        with av.open(file if hasattr(file, "read") else os.path.abspath(file), metadata_errors="replace") as container:
-            streams = [stream for stream in container.streams.video  # not the cover picture of a song
-                       if stream.codec_context and not stream.disposition & Disposition.attached_pic]
-            if not streams:
-                raise BadVideo("no video stream that can be decoded")
-            streams[0].codec_context.thread_count = 1  # the loader's workers are the parallelism
-            yield container, streams[0]
-    except (av.error.FFmpegError, OSError, ValueError, OverflowError) as e:
-        raise BadVideo(getattr(e, "strerror", None) or str(e)) from None
-
-
 def read_packets(file):
-    """Yields (time, packet, stream) of each coded frame in the file's order, without decoding it; at the end an empty
-    packet. A file that is cut short ends there."""
-    with open_video(file) as (container, stream), contextlib.suppress(av.error.FFmpegError):
-        for packet in container.demux(stream):
-            yield (packet.dts or 0) if packet.pts is None else packet.pts, packet, stream
+    """Yields (video stream, packet, when shown) for each coded frame in the file's order, without decoding it; at the
+    end an empty packet. A file that is cut short ends there."""
+    try:
+        if isinstance(file, io.BytesIO):
+            file.seek(0)
+        else:
+            file = os.path.abspath(file)  # with which no name looks like a protocol ("12:30.mp4")
+        container = av.open(file, metadata_errors="replace")
+    except (av.error.FFmpegError, OSError, ValueError) as e:
+        raise BadVideo(getattr(e, "strerror", None) or str(e)) from None
+    with container, contextlib.suppress(av.error.FFmpegError):
+        streams = [stream for stream in container.streams.video  # not the cover picture of a song
+                   if stream.codec_context and not stream.disposition & Disposition.attached_pic]
+        if not streams:
+            raise BadVideo("no video stream that can be decoded")
+        streams[0].codec_context.thread_count = 1  # the loader's workers are the parallelism
+        for packet in container.demux(streams[0]):
+            yield streams[0], packet, packet.pts if packet.pts is not None else packet.dts or 0
 
 
-@functools.lru_cache(maxsize=32)  # for files of many hours
-def index_video(file, modified):
-    """(when each frame is shown, sorted; the key frames as (packet number, when shown)). Counted, since headers are
-    often wrong about it."""
-    packets = [(shown, packet.is_keyframe) for shown, packet, _ in read_packets(file) if packet.size]
-    keys = [(number, shown) for number, (shown, is_key) in enumerate(packets) if is_key]
-    return np.sort(np.array([shown for shown, _ in packets], np.int64)), keys
+@functools.lru_cache(maxsize=8)  # for films of many hours
+def index_video(file, changed):
+    """(time of each frame, whether it is a key frame), int64 (N,), in the file's order; headers are often wrong about
+    both. changed: when the file was, for the cache."""
+    index = [(shown, packet.is_keyframe) for _, packet, shown in read_packets(file) if packet.size]
+    return np.array(index, np.int64).reshape(-1, 2).T
 
 
 def read_clip(file, frames, size=None, stride=1, rng=None):
     """Every `stride`-th frame of a video from a random start, `frames` in all, RGB: np.uint8 (L, H, W, 3).
 
-    file: a path, or an open binary file. size: int or (H, W); the picture is resized until it just covers H x W, and
-    its centre is cut out; None keeps the file's size. rng: a numpy Generator that draws the start, uniformly over all
+    file: a path or an io.BytesIO. size: int or (H, W); the picture is resized until it just covers H x W, and its
+    centre is cut out; None keeps the file's size. rng: a numpy Generator that chooses the start, uniformly among those
     that leave room for the clip; None starts at the first frame. Rotated and mirrored videos come out upright, oblong
     pixels square. Raises BadVideo: unreadable, damaged, or fewer than (frames - 1) * stride + 1 frames.
     """
-    is_path, span = not hasattr(file, "read"), (frames - 1) * stride + 1
-    modified = os.stat(file).st_mtime_ns if is_path and os.path.exists(file) else None
-    times, keys = (index_video if is_path else index_video.__wrapped__)(file, modified)
+    if isinstance(file, io.BytesIO):
+        shown, is_key = index_video.__wrapped__(file, None)
+    else:
+        shown, is_key = index_video(file, os.stat(file).st_mtime_ns if os.path.exists(file) else None)
+    times, span = np.sort(shown), (frames - 1) * stride + 1
     if len(times) < span:
         raise BadVideo(f"too short: has {len(times)} frame{'s' * (len(times) != 1)}, {span} needed")
     for place in [*(rng.random() for _ in range(4 if rng else 0)), 0.0]:  # another start where there is damage
         start = times[int(place * (len(times) - span + 1))]
-        key = max((number for number, shown in keys if shown <= start), default=0)
+        key = max(np.flatnonzero(is_key & (shown <= start)), default=0)
         try:
-            return decode_clip(file, start, key, frames, size, stride)
-        except (BadVideo, av.error.FFmpegError) as e:
-            fault = BadVideo(str(e))
-    raise fault
+            clip = to_rgb(itertools.islice(decode(file, key, start), 0, span, stride), size)
+            if len(clip) == frames:
+                return clip
+            fault = f"only {len(clip)} of {frames} frames can be decoded"
+        except (av.error.FFmpegError, ValueError, OverflowError) as e:
+            fault = getattr(e, "strerror", None) or str(e)
+    raise BadVideo(f"damaged: {fault}")
 
 
-def decode_clip(file, start, key, frames, size, stride):
-    """The clip whose first frame is shown at time `start`, decoded from packet number `key` on."""
-    clip, seen, matrix = [], 0, None
-    scaler = VideoReformatter()  # one for the clip: its set-up costs more than a frame
-    for shown, packet, stream in itertools.islice(read_packets(file), key, None):
+def decode(file, key, start):
+    """Yields (video stream, frame) for the frames shown from time `start` on, decoded from packet number `key` on."""
+    for stream, packet, shown in itertools.islice(read_packets(file), key, None):
         # Before the start, only frames that others are predicted from need decoding.
         stream.codec_context.skip_frame = "NONREF" if packet.size and shown < start else "DEFAULT"
         for frame in packet.decode():
-            if frame.pts is not None and frame.pts < start:
-                continue
-            if seen % stride == 0:
-                if frame.is_corrupt:
-                    raise BadVideo("damaged: frames are corrupt")
-                matrix = matrix or display_matrix(frame)  # once a clip: each look leaks some bytes in PyAV 18
-                clip.append(to_rgb(frame, matrix, stream, size, scaler))
-                if len(clip) == frames:
-                    return np.stack(clip)
-            seen += 1
-    raise BadVideo(f"damaged: only {seen} frames can be decoded")
+            if frame.pts is None or frame.pts >= start:
+                yield stream, frame
 
 
-def display_matrix(frame):
-    """(a, b, c, d): x is shown at a x + c y, and y at b x + d y, times 65536. (frame.rotation ignores mirroring.)"""
-    matrix = frame.side_data.get("DISPLAYMATRIX")  # (a, b, u, c, d, v, x, y, w)
-    a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
-    return a, b, c, d
-
-
-def to_rgb(frame, matrix, stream, size, scaler):
-    """A decoded frame -> RGB (H, W, 3): resized by the call that converts the colours, cropped, turned upright."""
-    a, b, c, d = matrix
-    lying = abs(a) + abs(d) < abs(b) + abs(c)
-    aspect = min(max(float(stream.sample_aspect_ratio or 1), 0.1), 10)  # a pixel's; a broken file may say anything
-    wide = frame.width * aspect
-    H, W = frame.height, round(wide)
-    if size is not None:
-        H, W = pair(size)[::-1] if lying else pair(size)
-    scale = max(H / frame.height, W / wide)
-    height, width = max(H, round(frame.height * scale)), max(W, round(wide * scale))
-    picture = scaler.reformat(frame, width, height, "rgb24", **SCALING).to_ndarray()
-    top, left = (height - H) // 2, (width - W) // 2
-    picture = picture[top:top + H, left:left + W]
-    if lying:
-        picture, a, d = picture.swapaxes(0, 1), c, b
-    return picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+def to_rgb(frames, size):
+    """(stream, frame) pairs -> np.uint8 (L, H, W, 3): resized as the colours are converted, cropped, turned upright."""
+    clip, scaler = [], VideoReformatter()  # one for the clip: its set-up costs more than a frame
+    for stream, frame in frames:
+        if frame.is_corrupt:
+            raise ValueError("frames are corrupt")
+        if not clip:
+            # x is shown at a x + c y, and y at b x + d y, times 65536. frame.rotation (which is 180 for mirrored) alone
+            # does not tell, but in PyAV 18 a frame whose side data is looked at stays in memory for long.
+            matrix = frame.rotation and frame.side_data.get("DISPLAYMATRIX")
+            a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+            sideways = abs(a) + abs(d) < abs(b) + abs(c)
+        wide = frame.width * min(max(float(stream.sample_aspect_ratio or 1), 0.1), 10)  # in square pixels
+        H, W = frame.height, round(wide)
+        if size is not None:
+            H, W = pair(size)[::-1] if sideways else pair(size)
+        scale = max(H / frame.height, W / wide)
+        height, width = max(H, round(frame.height * scale)), max(W, round(wide * scale))
+        picture = scaler.reformat(frame, width, height, "rgb24", **SCALING).to_ndarray()
+        top, left = (height - H) // 2, (width - W) // 2
+        clip.append(picture[top : top + H, left : left + W])
+    clip = np.stack(clip)
+    if sideways:
+        clip, a, d = clip.swapaxes(1, 2), c, b
+    return np.ascontiguousarray(clip[:, :: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets of video files
 
 
-def to_model(clip):
-    """np.uint8 (L, H, W, 3) -> float32 (3, L, H, W) in [-1, 1]."""
-    return torch.from_numpy(clip).permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)
-
-
 class VideoFiles(torch.utils.data.Dataset):
-    """What the data sets of video files share. A subclass defines locate(index) -> (file for read_clip, its name for
-    messages, label, caption), or BadVideo.
+    """What data sets of video files share. A subclass defines locate(index) -> (file for read_clip, label, caption).
 
-    key: an index, or (index, number), which says which of the video's random clips. The same (seed, index, number)
-    gives the same clip in any process. An unusable file is named on stderr, and replaced by another that the same
-    numbers choose; where `replace` is false, None takes its place. InputError after 20 unusable ones in a row.
+    Items: dict(video float32 (3, L, H, W) in [-1, 1], label int, caption str). A key is an index or (index, number):
+    number says which of the video's random clips. The same (seed, index, number) gives the same clip in any process. An
+    unusable file is named on stderr once, and replaced by another that the same numbers choose; where `replace` is
+    false, None takes its place. InputError after 20 unusable ones in a row.
     """
 
     classes, replace = [], True
 
-    def __init__(self, where, count, frames, size, stride, seed):
-        if min(frames, stride, *pair(size)) < 1:
-            raise InputError(f"frames ({frames}), size ({size}) and stride ({stride}) must be at least 1")
-        self.where, self.count, self.named = where, count, set()
-        self.frames, self.size, self.stride, self.seed = frames, size, stride, seed
+    def __init__(self, count, frames, size, stride, seed):
+        self.count, self.frames, self.size, self.stride, self.seed = count, frames, size, stride, seed
+        self.named = torch.zeros(count, dtype=torch.bool).share_memory_()  # with the loader's workers
 
     def __len__(self):
         return self.count
@@ -324,18 +289,18 @@ class VideoFiles(torch.utils.data.Dataset):
         index = range(len(self))[index]
         others = np.random.default_rng([self.seed, index, number, 1]).integers(len(self), size=19).tolist()
         for chosen in [index, *others] if self.replace else [index]:
-            name = f"number {chosen}"
+            file, label, caption = self.locate(chosen)
             try:
-                file, name, label, caption = self.locate(chosen)
                 rng = np.random.default_rng([self.seed, chosen, number])
-                clip = read_clip(file, self.frames, self.size, self.stride, rng)
-                return dict(video=to_model(clip), label=label, caption=caption)
+                clip = torch.from_numpy(read_clip(file, self.frames, self.size, self.stride, rng))
+                return dict(video=clip.permute(3, 0, 1, 2) / 127.5 - 1, label=label, caption=caption)
             except BadVideo as e:
-                if chosen not in self.named:
-                    print(f"left out: {ascii(name)[1:-1]}: {e}", file=sys.stderr, flush=True)
-                self.named.add(chosen)
+                fault = f"{getattr(file, 'name', file)}: {e}"
+                if not self.named[chosen]:
+                    print(f"left out: {fault}", file=sys.stderr, flush=True)
+                self.named[chosen] = True
         if self.replace:
-            raise InputError(f"{self.where}: of 20 files tried in a row none could be used; the reasons stand above")
+            raise InputError(f"20 videos in a row cannot be used; the last is {fault}")
 
 
 class VideoFolder(VideoFiles):
@@ -343,14 +308,10 @@ class VideoFolder(VideoFiles):
 
     A class is a first-level folder of `root` (its files may lie deeper), numbered in alphabetical order; a caption is
     its name in words ("apply eye makeup"). Without class folders the label is 0 and the caption "". split: the path of
-    a list such as UCF-101's trainlist01.txt; only the files it lists are used. Item: dict(video float32 (3, L, H, W) in
-    [-1, 1], label int, caption str).
+    a list such as UCF-101's trainlist01.txt; only the files it lists are used.
     """
 
     def __init__(self, root, frames, size, split=None, stride=1, seed=0):
-        if not os.path.isdir(root):
-            kind = "is a file: give the folder that holds it" if os.path.exists(root) else "no such folder"
-            raise InputError(f"{root}: {kind}; videos are read from a folder, of which each subfolder is a class")
         self.root, files = str(root), find_videos(root)
         class_of = {file: os.path.dirname(file).split(os.sep)[0] for file in files}  # "" in root itself
         self.classes = sorted(set(class_of.values()) - {""})
@@ -360,21 +321,93 @@ class VideoFolder(VideoFiles):
             print_once(f"{split}: {len(files)} of its {len(listed)} videos are in {root}")
         self.files = [file for file in files if class_of[file] or not self.classes]
         if not self.files:
-            raise InputError(f"{root}: no videos in it or below it{f' that {split} lists' if split else ''}; looked for "
-                             f"{' '.join(VIDEO_ENDINGS)}")
+            raise InputError(f"{root}: no such folder, or no videos in it{f' that {split} lists' if split else ''}; "
+                             f"looked for {' '.join(VIDEO_ENDINGS)}")
         self.labels = [self.classes.index(class_of[file]) if self.classes else 0 for file in self.files]
         # In words: a space where a small letter or digit meets a capital, and for what is neither letter nor digit.
         self.captions = [re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\W_]+", " ", name).strip().lower()
                          for name in self.classes] or [""]
-        super().__init__(self.root, len(self.files), frames, size, stride, seed)
+        super().__init__(len(self.files), frames, size, stride, seed)
 
     def locate(self, index):
         label = self.labels[index]
-        return os.path.join(self.root, self.files[index]), self.files[index], label, self.captions[label]
+        return os.path.join(self.root, self.files[index]), label, self.captions[label]
 
 
-def tar_rows(path):
-    """The samples of a .tar: [[first byte and size of the video, the same of its .txt or .json, 1 for .json]]."""
+class CaptionedVideos(VideoFiles):
+    """Videos with captions, for text-to-video; label 0. `csv` is one of
+    - a CSV file with the columns videoid, page_dir, name (WebVid's; the file is root/page_dir/videoid.mp4),
+    - a CSV file with the columns path, caption (path relative to `root`, or absolute),
+    - a .tar or a folder of them as video2dataset writes them: N.mp4 with N.txt; root is not used.
+
+    root: None is the CSV's own folder. A process holds 8 bytes a row (.tar: 40), the rest stays on disk. Rows with too
+    few or too many columns are left out, and named by their line.
+    """
+
+    def __init__(self, csv, root, frames, size, stride=1, seed=0):
+        self.csv, self.root = str(csv), os.path.dirname(os.path.abspath(csv)) if root is None else str(root)
+        self.tars = sorted(glob.glob(f"{glob.escape(self.csv)}/*.tar"))
+        if self.csv.endswith(".tar"):
+            self.tars = [self.csv]
+        if self.tars:
+            with concurrent.futures.ProcessPoolExecutor(8) as pool:  # millions of headers, read by Python
+                rows = [[tar, *row] for tar, rows in enumerate(pool.map(scan_tar, self.tars)) for row in rows]
+            self.rows = np.array(rows, np.int64)
+        else:
+            self.rows = self.csv_rows()
+        if not len(self.rows):
+            raise InputError(f"{csv}: no videos in it")
+        super().__init__(len(self.rows), frames, size, stride, seed)
+
+    def csv_rows(self):
+        """The byte at which each good row starts, int64 (N,)."""
+        starts, bad = [], []
+        with open(self.csv, "rb") as file:
+            reader = read_rows(file)
+            self.columns, line, start = next(reader, []), reader.line_num, file.tell()
+            self.webvid = {"videoid", "page_dir", "name"} <= set(self.columns)
+            if not self.webvid and not {"path", "caption"} <= set(self.columns):
+                raise InputError(f"{self.csv}: its columns are {', '.join(self.columns)[:200]!a}; needed are videoid, "
+                                 "page_dir and name (WebVid's) or path and caption")
+            try:
+                for row in reader:
+                    if len(row) == len(self.columns):
+                        starts.append(start)
+                    elif row:
+                        bad.append(line + 1)
+                    line, start = reader.line_num, file.tell()
+            except csv.Error as e:
+                raise InputError(f"{self.csv}, line {line + 1}: {e}; is a quote not closed?") from None
+        if bad:
+            print_once(f"{self.csv}: {len(bad)} rows left out, with more or fewer columns than the header (captions "
+                       f"with a comma need quotes); lines: {', '.join(map(str, bad[:20]))}{', ...' * (len(bad) > 20)}")
+        return np.array(starts, np.int64)
+
+    def locate(self, index):
+        if self.tars:
+            tar, video, size, text, text_size = self.rows[index].tolist()
+            with open(self.tars[tar], "rb") as file:
+                file.seek(text)
+                caption = file.read(text_size).decode("utf-8", "replace").strip()
+                file.seek(video)
+                part = io.BytesIO(file.read(size))
+            part.name = f"{self.tars[tar]} at byte {video}"
+            return part, 0, caption
+        with open(self.csv, "rb") as file:
+            row = dict(zip(self.columns, next(read_rows(file, self.rows[index]))))
+        path = os.path.join(row["page_dir"], row["videoid"] + ".mp4") if self.webvid else row["path"]
+        return os.path.join(self.root, path), 0, row["name" if self.webvid else "caption"]
+
+
+def read_rows(file, start=0):
+    """The rows of a CSV file, open in binary, from byte `start` on. A row may span lines."""
+    file.seek(start)
+    lines = (line.decode("utf-8", "replace").lstrip("\ufeff").replace("\r", "") for line in file)
+    return csv.reader(lines, strict=True)
+
+
+def scan_tar(path):
+    """[first byte and size of the video, the same of its .txt (else 0)] of each sample."""
     videos, texts = {}, {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -382,87 +415,11 @@ def tar_rows(path):
                 key, _, ending = member.name.lower().rpartition(".")
                 if "." + ending in VIDEO_ENDINGS and member.size:
                     videos[key] = member.offset_data, member.size
-                elif ending == "txt" or ending == "json" and key not in texts:
-                    texts[key] = member.offset_data, member.size, ending == "json"
+                elif ending == "txt":
+                    texts[key] = member.offset_data, member.size
     except (OSError, tarfile.TarError) as e:
         print(f"{path}: {e}; {len(videos)} samples before that", file=sys.stderr)
-    return [[*video, *texts.get(key, (0, 0, 0))] for key, video in videos.items()]
-
-
-class CaptionedVideos(VideoFiles):
-    """Videos with captions, for text-to-video. `csv` is one of
-    - a CSV file with the columns videoid, page_dir, name (WebVid's; the file is root/page_dir/videoid.mp4),
-    - a CSV file with the columns path, caption (path relative to `root`, or absolute),
-    - a .tar or a folder of them as video2dataset writes them: N.mp4 with N.txt or N.json ("caption"); root is not used.
-
-    root: None is the CSV's own folder. A process holds 8 bytes a row (.tar: 48), the rest stays on disk. Rows with too
-    few or too many columns are left out, and named by their line. No classes: label 0. Items as VideoFolder's.
-    """
-
-    def __init__(self, csv, root, frames, size, stride=1, seed=0):
-        self.csv, self.tars = str(csv), [str(csv)] if str(csv).endswith(".tar") else []
-        self.root = os.path.dirname(os.path.abspath(csv)) if root is None else str(root)
-        if os.path.isdir(csv):
-            self.tars = sorted(os.path.join(csv, name) for name in os.listdir(csv) if name.endswith(".tar"))
-        if self.tars:
-            with concurrent.futures.ProcessPoolExecutor(8) as pool:  # millions of headers, read by Python
-                rows = [[tar, *row] for tar, rows in enumerate(pool.map(tar_rows, self.tars)) for row in rows]
-            self.rows = np.array(rows, np.int64)
-        elif os.path.isfile(csv):
-            self.rows = self.csv_rows()
-        else:
-            raise InputError(f"{csv}: no such file; give a .csv file, a .tar, or a folder of .tar files")
-        if not len(self.rows):
-            raise InputError(f"{csv}: no videos in its .tar files" if self.tars else f"{csv}: no rows")
-        super().__init__(self.csv, len(self.rows), frames, size, stride, seed)
-
-    def csv_rows(self):
-        """The byte at which each good row starts, int64 (N,). Sets the columns."""
-        self.columns, starts, bad, line, start = [], [], [], 0, 0
-        with open(self.csv, "rb") as file:
-            # A row may span lines. Any encoding will do here, since only commas and quotes matter.
-            reader = csv.reader((text.decode("latin-1").replace("\r", "") for text in file), strict=True)
-            try:
-                for row in reader:
-                    if row and not self.columns:
-                        self.columns = self.read_row(start)
-                    elif row and len(row) == len(self.columns):
-                        starts.append(start)
-                    elif row:
-                        bad.append(f"\n  line {line + 1}: {len(row)} columns, the header has {len(self.columns)}")
-                    line, start = reader.line_num, file.tell()
-            except csv.Error as e:
-                raise InputError(f"{self.csv}, line {line + 1}: {e}; is a quote not closed?") from None
-        self.webvid = {"videoid", "page_dir", "name"} <= set(self.columns)
-        if not self.webvid and not {"path", "caption"} <= set(self.columns):
-            raise InputError(f"{self.csv}: its columns are {ascii(', '.join(self.columns))[:200]}; needed are videoid, "
-                             "page_dir and name (WebVid's) or path and caption")
-        if bad:
-            print_once(f"{self.csv}: {len(starts)} rows used, {len(bad)} left out (quote captions that have a comma):"
-                       + "".join(bad[:20]))
-        return np.array(starts, np.int64)
-
-    def read_row(self, start):
-        with open(self.csv, "rb") as file:
-            file.seek(start)
-            return next(csv.reader(text.decode("utf-8-sig", "replace").replace("\r", "") for text in file))
-
-    def locate(self, index):
-        if not self.tars:
-            row = dict(zip(self.columns, self.read_row(self.rows[index])))
-            path = os.path.join(row["page_dir"], row["videoid"] + ".mp4") if self.webvid else row["path"]
-            return os.path.join(self.root, path), path, 0, row["name" if self.webvid else "caption"]
-        tar, video, size, text, text_size, is_json = self.rows[index].tolist()
-        try:
-            with open(self.tars[tar], "rb") as file:
-                file.seek(text)
-                caption = file.read(text_size).decode("utf-8", "replace").strip()
-                if is_json:
-                    caption = str(json.loads(caption).get("caption") or "")
-                file.seek(video)
-                return io.BytesIO(file.read(size)), f"{self.tars[tar]} at byte {video}", 0, caption
-        except (OSError, ValueError, AttributeError) as e:
-            raise BadVideo(str(e)) from None
+    return [[*video, *texts.get(key, (0, 0))] for key, video in videos.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,10 +448,11 @@ def tile(videos, columns, gap=2, colour=0):
 
 
 def write_video(path, video, fps):
-    """Writes a video, float (C, L, H, W) in [-1, 1] or uint8 (L, H, W, 3), whole or not at all. The ending chooses:
-    .mp4, H.264 that plays everywhere (odd sides grow by one pixel, which repeats the edge), or .gif, 256 colours chosen
-    for this video, without dithering, so that what stands still does not flicker. InputError for another ending."""
-    ending, video = os.path.splitext(path)[1].lower(), to_uint8(video)
+    """Writes a video, float (C, L, H, W) in [-1, 1] or uint8 (L, H, W, 3), or a list of them side by side in rows of 6.
+    The ending chooses: .mp4, H.264 that plays everywhere (odd sides grow by one pixel, which repeats the edge), or .gif,
+    256 colours chosen for this video, without dithering, so that what stands still does not flicker."""
+    video = tile(video, min(6, len(video))) if isinstance(video, list) else to_uint8(video)
+    ending = os.path.splitext(path)[1].lower()
     if ending not in (".mp4", ".gif"):
         raise InputError(f"{path}: videos are written as .mp4 or .gif")
     with atomic_write(path) as temporary:
@@ -502,7 +460,8 @@ def write_video(path, video, fps):
             L, H, W, _ = video.shape
             palette = Image.fromarray(video.reshape(L * H, W, 3)).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
             first, *rest = (Image.fromarray(x).quantize(palette=palette, dither=Image.Dither.NONE) for x in video)
-            first.save(temporary, "GIF", save_all=True, append_images=rest, duration=max(20, 1000 / fps), loop=0)
+            times = np.diff((np.arange(L + 1) * 100 / fps).round()).clip(2)  # in 1/100 s; viewers slow down shorter
+            first.save(temporary, "GIF", save_all=True, append_images=rest, duration=(times * 10).tolist(), loop=0)
             return
         video = np.pad(video, [(0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)], mode="edge")
         with av.open(temporary, "w", format="mp4") as file:
@@ -510,20 +469,20 @@ def write_video(path, video, fps):
             stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
             # mbtree reads uninitialised memory in small pictures: the same video would give other bytes each time.
             stream.options = {"crf": "18", "x264-params": "mbtree=0"}
-            of, scaler = stream.codec_context, VideoReformatter()
+            of = stream.codec_context
             of.colorspace = of.color_primaries = of.color_trc = of.color_range = 1  # BT.709, limited range
             for i, picture in enumerate(video):
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame = scaler.reformat(frame, format="yuv420p", dst_colorspace="ITU709", **SCALING)
+                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", **SCALING)
                 frame.pts = i
                 file.mux(stream.encode(frame))
             file.mux(stream.encode())
 
 
 def write_sheet(path, videos, columns, captions=None, frames=9):
-    """One .png to look at: each video (float or uint8, as for write_video; all equally large) is a strip of up to
-    `frames` frames, evenly spread, under as much of its caption as fits; `columns` strips side by side. Small pictures
-    are enlarged, pixel by pixel, to 96 pixels or more."""
+    """One .png to look at: each video (see to_uint8; all equally large) is a strip of up to `frames` frames, evenly
+    spread, under as much of its caption as fits; `columns` strips side by side. Small pictures are enlarged, pixel by
+    pixel, to 96 pixels or more."""
     strips, font = [], ImageFont.load_default(14)
     for video, caption in zip(map(to_uint8, videos), captions or itertools.repeat("")):
         video = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
@@ -545,25 +504,26 @@ def write_sheet(path, videos, columns, captions=None, frames=9):
 #     motion    float16 (N, D, L, H'+W')   motion latents, as the autoencoder gives them
 #     label     int64 (N,)
 #     sums      float64 (2, D)             of the motion latents and of their squares, by channel
-#     metadata: captions, a JSON list; settings, what they were made with; crc32, a checksum
+#     metadata  JSON: captions, a list; settings, what they were made with; crc32, a checksum
 
 
 def shard_path(run_dir, number):
     return f"{run_dir}/encodings/shard-{number:05d}.safetensors"
 
 
-def checksum(tensors):
-    return str(zlib.crc32(b"".join(tensors[name].numpy().tobytes() for name in ("content", "motion", "label"))))
+def checksum(tensors, captions):
+    parts = [tensors[name].numpy().tobytes() for name in ("content", "motion", "label", "sums")]
+    return zlib.crc32(b"".join([json.dumps(captions).encode(), *parts]))
 
 
 def write_shard(run_dir, number, settings, content, motion, labels, captions):
     """Writes a shard whole or not at all. settings: a dict of all that the encodings depend on."""
     sums = torch.stack([motion.double().pow(power).sum((0, 2, 3)) for power in (1, 2)])
     tensors = dict(content=content, motion=motion.contiguous(), label=torch.tensor(labels, dtype=torch.long), sums=sums)
-    metadata = dict(captions=json.dumps(captions), settings=json.dumps(settings), crc32=checksum(tensors))
+    about = dict(settings=settings, captions=captions, crc32=checksum(tensors, captions))
     os.makedirs(f"{run_dir}/encodings", exist_ok=True)
     with atomic_write(shard_path(run_dir, number)) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, dict(about=json.dumps(about)))
 
 
 @functools.lru_cache(maxsize=128)
@@ -572,20 +532,21 @@ def open_shard(run_dir, number, check=False):
     path = shard_path(run_dir, number)
     try:
         shard = safe_open(path, "pt")
-        if check and shard.metadata()["crc32"] != checksum({name: shard.get_tensor(name) for name in shard.keys()}):
+        about = json.loads(shard.metadata()["about"])
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()} if check else None
+        if check and about["crc32"] != checksum(tensors, about["captions"]):
             raise ValueError("its checksum differs")
-        return shard, json.loads(shard.metadata()["captions"]), json.loads(shard.metadata()["settings"])
-    except (OSError, SafetensorError, ValueError) as e:
+        return shard, about["captions"], about["settings"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path} is missing or damaged ({e}): delete it and run `python autoencoder.py --run-dir "
                          f"{run_dir} --encode`") from None
 
 
 class EncodedClips(torch.utils.data.Dataset):
-    """The encodings of a run folder: a clip costs one small read, whatever the size of the set.
+    """The encodings of a run folder. Items: content (C, H, W) and motion (D, L, H'+W') float32, label int, caption str.
 
-    Items: content (C, H, W) and motion (D, L, H'+W') float32, label int, caption str. Raises InputError where they are
-    not complete, not of `data`, of another autoencoder than the run's, or damaged (checksums are compared where all are
-    smaller than 1 GiB).
+    InputError where they are not complete, not of `data`, of another autoencoder than the run folder's, or damaged
+    (checksums are compared where there are fewer than 10,000 clips).
     """
 
     def __init__(self, run_dir, data=None):
@@ -593,18 +554,16 @@ class EncodedClips(torch.utils.data.Dataset):
         if state["encodings"] is None:
             raise InputError(f"{run_dir} has no complete encodings: make them with `python autoencoder.py {encode}")
         if data not in (None, state["args"]["data"]):
-            raise InputError(f"the encodings in {run_dir} are of {state['args']['data']}, not of {data}: drop --data, or "
-                             "train `autoencoder.py` on it in another --run-dir")
+            raise InputError(f"the encodings in {run_dir} are of {state['args']['data']}, not of {data}: drop --data, "
+                             "or train `autoencoder.py` on it in another --run-dir")
         self.run_dir, self.classes, self.fingerprint = run_dir, state["classes"], state["fingerprint"]
         self.motion_mean, self.motion_std = state["model"]["motion_mean"], state["model"]["motion_std"]  # (D, 1, 1)
-        self.starts = np.cumsum([0, *state["encodings"]])
-        numbers = range(len(state["encodings"]))
-        small = sum(os.path.getsize(path) for n in numbers if os.path.exists(path := shard_path(run_dir, n))) < 2**30
-        for number in numbers:
-            shard, _, settings = open_shard(run_dir, number, small)
+        self.starts = np.cumsum([0, *state["encodings"]])  # state["encodings"]: the number of clips in each shard
+        for number in range(len(state["encodings"])):
+            shard, _, settings = open_shard(run_dir, number, check=len(self) < 10_000)
             if settings["fingerprint"] != self.fingerprint:
-                raise InputError(f"the encodings in {run_dir} were made by another autoencoder than its autoencoder.pt: "
-                                 f"encode again with `python autoencoder.py {encode}")
+                raise InputError(f"the encodings in {run_dir} were made by another autoencoder than its autoencoder.pt"
+                                 f": encode again with `python autoencoder.py {encode}")
         self.content_shape, self.motion_shape = (
             tuple(shard.get_slice(name).get_shape()[1:]) for name in ("content", "motion"))
 
@@ -624,25 +583,24 @@ class EncodedClips(torch.utils.data.Dataset):
 # Batches
 
 
-@functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
-def shuffled(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
 def batch_keys(indices, batch_size, seed, step, rank, world):
-    """Which clips a rank reads: yields, for each step from `step` on, a batch of keys (index, epoch), without end.
+    """Which clips a rank reads: yields a batch of keys (index, epoch) for each step from `step` on, without end.
 
     Step s reads positions s*B to (s+1)*B - 1 of an endless sequence, and each rank takes its share of them. Position p
-    is clip p mod n of the shuffle of epoch p div n. So (seed, step) is the whole data position: nothing else need be
-    saved, and a run resumed on more or fewer ranks or workers goes on at the very next clip.
+    is clip p mod n of the shuffle of epoch p div n. So (seed, step) is the whole data position, and training resumed on
+    more or fewer ranks or workers goes on at the very next clip.
     """
     share = batch_size // world
+
+    @functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
+    def shuffled(epoch):
+        return torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
     def key(position):
         if indices is None:  # an endless data set: every position is a clip of its own
             return position, 0
         epoch, place = divmod(position, len(indices))
-        return int(indices[int(shuffled(len(indices), seed, epoch)[place])]), epoch
+        return int(indices[int(shuffled(epoch)[place])]), epoch
 
     while True:
         first = step * batch_size + rank * share
@@ -670,26 +628,23 @@ def load(dataset, keys, workers, collate=None):
 
 
 def ignore_signals(_):
-    """Ctrl-C, and the SIGTERM of torchrun or a scheduler, reach a loader's processes too. They ignore it: the main
-    process needs them until it has saved, and ends them."""
+    """Ctrl-C and torchrun's SIGTERM reach a loader's processes too; the main process needs them until it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)  # there are many of them
 
 
 def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0):
-    """The data set that --data names, as (data set, training indices or None for endless, test set, test indices).
-
-    data: 'shapes', a folder of videos, a CSV, a .tar or a folder of them; or, with `captions` (a CSV), the folder that
-    its paths start from. Test clips are those of testlistNN.txt where --split is trainlistNN.txt and the other lies
-    beside it; otherwise one file in fifty, at most 64, is kept out of training.
-    """
+    """(data set, training indices or None for endless, test set, test indices) of what --data names: 'shapes', a folder
+    of videos, a CSV, a .tar or a folder of them; or, with `captions` (a CSV), the folder that its paths start from.
+    Test clips are those of testlistNN.txt where --split is trainlistNN.txt and the other lies beside it; otherwise one
+    file in fifty, at most 64, is kept out of training."""
     if data == "shapes":
         test = MovingShapes(frames, size, seed, split="test")
         return MovingShapes(frames, size, seed), None, test, range(len(test))
     if not os.path.exists(data):
         raise InputError(f"--data {data} does not exist: give a folder of videos, or 'shapes' for the embedded set")
-    if captions or data.endswith((".csv", ".tar")) or any(name.endswith(".tar") for name in os.listdir(data)):
+    if captions or data.endswith((".csv", ".tar")) or glob.glob(f"{glob.escape(data)}/*.tar"):
         dataset = CaptionedVideos(captions or data, data if captions else None, frames, size, stride, seed)
     else:
         dataset = VideoFolder(data, frames, size, split, stride, seed)
@@ -697,7 +652,7 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
         if split != other and os.path.exists(other):
             test = VideoFolder(data, frames, size, other, stride, seed)
             return dataset, range(len(dataset)), test, range(len(test))
-    kept = min(64, len(dataset) // 50) or (1 if len(dataset) > 3 else 0)
+    kept = min(64, len(dataset) // 50) or int(len(dataset) > 3)
     if not kept:
         print_once(f"{data}: too few videos to keep one out of training: test clips are training clips")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
@@ -717,10 +672,8 @@ def save_checkpoint(path, state):
             with atomic_write(path) as temporary:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-            free = shutil.disk_usage(os.path.dirname(path) or ".").free / 1e6
-            raise InputError(f"cannot save {path} ({str(e).splitlines()[0]}; {free:.0f} MB free on its disk); "
-                             f"{'the earlier one is whole' if os.path.exists(path) else 'nothing was saved'}: free some "
-                             "space and go on with --resume") from None
+            raise InputError(f"cannot save {path} ({str(e).splitlines()[0]}): is the disk full? An earlier checkpoint is "
+                             "whole: free some space and go on with --resume") from None
 
 
 def load_checkpoint(path, stage):
@@ -731,25 +684,41 @@ def load_checkpoint(path, stage):
         raise InputError(f"no {path}: train it first with `python {script} --run-dir {os.path.dirname(path)}`")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        writer = SCRIPTS[state["stage"]]
+        if state["stage"] == stage:
+            return state
+        fault = f"was written by {SCRIPTS[state['stage']]}, not by {script}"
     except Exception:  # a damaged or hostile pickle can raise anything
-        raise InputError(f"{path} is damaged, or not a checkpoint: delete it and train again with {script}") from None
-    if writer != script:
-        raise InputError(f"{path} was written by {writer}, not by {script}")
-    return state
+        fault = f"is damaged, or not a checkpoint: delete it and train again with {script}"
+    raise InputError(f"{path} {fault}")
 
 
-class Log:
-    """The CSV of a stage: add() takes the loss of every step, write() makes a row, state() is what checkpoints keep."""
+class Progress:
+    """What a training loop reports, in a CSV and beside its bar, and requests to stop: Ctrl-C and SIGTERM ask it to
+    save and end, a second Ctrl-C ends it at once. state() is what checkpoints keep."""
 
     def __init__(self, args, stage, step, device, saved=None):
+        saved = saved or dict(loss_sum=0.0, skipped=0, skipped_in_a_row=0, rows=[])
         self.args, self.path, self.since, self.clock = args, f"{args.run_dir}/{stage}.csv", step, time.perf_counter()
-        self.loss_sum = torch.tensor(saved["loss_sum"] if saved else 0.0, device=device)
-        self.skipped, self.skipped_in_a_row = (saved["skipped"], saved["skipped_in_a_row"]) if saved else (0, 0)
-        # Without the last row of a run that is now made longer, which unbroken runs do not have.
-        self.rows = [row for row in (saved["rows"] if saved else [])
-                     if not (row["step"] % args.log_every and row["step"] % args.preview_every)]
+        self.loss_sum = torch.tensor(saved["loss_sum"], device=device)
+        self.skipped, self.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
+        # A run that is made longer: without the row of its last step, which unbroken runs do not have.
+        self.rows = [row for row in saved["rows"]
+                     if row["step"] % args.log_every == 0 or row["step"] % args.preview_every == 0]
         os.makedirs(f"{args.run_dir}/previews", exist_ok=True)
+        self.stop = False
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, *_):
+        self.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def stopping(self):
+        """Whether any rank was told to stop. All end after the same step, so all must ask at the same place."""
+        stop = torch.tensor(float(self.stop))
+        if WORLD > 1:
+            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+        return bool(stop)
 
     def add(self, loss, finite):
         """finite: whether the gradient was; if not, the step was skipped. InputError after five of those in a row."""
@@ -771,10 +740,10 @@ class Log:
 
     def write(self, bar, step, **values):
         """A row: the mean loss since the last multiple of --log-every, the speed, and values."""
-        row = dict(step=step, loss=self.state()["loss_sum"] / (step % self.args.log_every or self.args.log_every),
-                   skipped=self.skipped,
-                   clips_per_second=(step - self.since) * self.args.batch_size / (self.now - self.clock), **values)
-        bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['clips_per_second']:.1f} clips/s")
+        loss = self.state()["loss_sum"] / (step % self.args.log_every or self.args.log_every)
+        speed = (step - self.since) * self.args.batch_size / (self.now - self.clock)
+        row = dict(step=step, loss=loss, skipped=self.skipped, clips_per_second=speed, **values)
+        bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} clips/s")
         self.rows.append({name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()})
         if step % self.args.log_every == 0:
             self.loss_sum, self.since, self.clock = torch.zeros_like(self.loss_sum), step, time.perf_counter()
@@ -790,11 +759,8 @@ class Log:
 
 
 def start(args):
-    """(rank, world, device, dtype of the models' arithmetic), in a process group where torchrun started this process.
-
-    Tensors on the CPU are reduced by gloo, those on GPUs by nccl. A rank that waits longer than half an hour for the
-    others fails with an error.
-    """
+    """(rank, world, device, dtype of the models' arithmetic), in a process group where torchrun started this process:
+    tensors on the CPU are reduced by gloo, those on GPUs by nccl, and half an hour without an answer is an error."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -807,64 +773,44 @@ def start(args):
         store = next(torch.distributed.rendezvous("env://"))[0]
         store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=RANK, world_size=WORLD,
-                                             timeout=datetime.timedelta(minutes=30))
+        torch.distributed.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
     torch.manual_seed(args.seed)
     dtype = getattr(args, "dtype", None) or ("bfloat16" if device.type == "cuda" else "float32")
     return RANK, WORLD, device, getattr(torch, dtype)
 
 
 def keep_freed_memory():
-    """Has glibc keep the large blocks that tensors free: returning each to the kernel, and having it zeroed again, costs
-    a fifth of a training step on the CPU."""
+    """Has glibc keep what tensors free: returning it to the kernel costs a fifth of a training step on the CPU."""
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(option, 1 << 30)
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM ask the loop to save and end after the current step; a second Ctrl-C ends it at once."""
-
-    def __init__(self):
-        self.received = False
-        signal.signal(signal.SIGINT, self.receive)
-        signal.signal(signal.SIGTERM, self.receive)
-
-    def receive(self, *_):
-        self.received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __bool__(self):
-        """Whether any rank was asked to stop: all must end after the same step, so all must ask in the same place."""
-        received = torch.tensor(float(self.received))
-        if WORLD > 1:
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        return bool(received)
+            ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 
 def launch(main):
-    """Runs a script's main(). What the user or the machine did is reported in one line: an InputError, a path that
+    """Calls a script's main(). What the user or the machine did is reported in one line: an InputError, a path that
     cannot be used, a full disk, a killed loader process, the end of another rank. Ctrl-C ends with status 130."""
     name = os.path.basename(sys.argv[0])
     warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"
     try:
         main()
     except KeyboardInterrupt as e:
-        print_once(f"{name}: {e}" if str(e) else f"{name}: interrupted")
+        print_once(f"{name}: {str(e) or 'interrupted'}")
         sys.exit(130)
     except Exception as e:
         line = " ".join(str(e).split())
-        if isinstance(e, InputError):  # from a loader's process it comes with that one's traceback in front
-            sys.exit(f"{name}: {line.split('InputError: ')[-1]}")
-        if isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-            sys.exit(f"{name}: {line}")
-        if line.startswith("DataLoader worker"):
-            sys.exit(f"{name}: {line} Memory may have run out: use fewer --workers, and go on with --resume")
-        if isinstance(e, torch.distributed.DistError) or "gloo" in line:
-            sys.exit(f"{name}: lost the other ranks; the one that ended first says why ({line[-150:]})")
-        raise
+        if isinstance(e, InputError):
+            line = line.split("InputError: ")[-1]  # from a loader's process, whose traceback stands before it
+        elif line.startswith("DataLoader worker"):
+            line += ". Memory may have run out: use fewer --workers, and go on with --resume"
+        elif isinstance(e, torch.distributed.DistError) or "gloo" in line:
+            line = f"lost the other ranks; the one that ended first says why ({line[-150:]})"
+        elif not isinstance(e, SafetensorError) and not (
+                isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))):
+            raise
+        sys.exit(f"{name}: {line}")
     finally:
+        for child in multiprocessing.active_children():  # loader processes, which ignore SIGTERM
+            child.kill()
         # After an error on this rank alone nccl would wait here for the others, and the message with it; gloo does not.
         failed = sys.exc_info()[0] is not None
         if torch.distributed.is_initialized() and not (failed and torch.cuda.is_initialized()):
@@ -876,22 +822,23 @@ def launch(main):
 
 
 class Flags(argparse.ArgumentParser):
-    """argparse, where a mistake costs one line, and with types that check ranges: 'count' is a whole number of at least
-    1, 'whole' of at least 0, 'number' any number of at least 0, 'share' one from 0 to 1."""
+    """argparse, where a mistake costs one line, and with types that check ranges (see `number`)."""
 
     def __init__(self, docstring):
         super().__init__(description=docstring.split("\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-        def number(kind, low, high, text):
-            with contextlib.suppress(ValueError):
-                if low <= kind(text) <= high:
-                    return kind(text)
-            raise argparse.ArgumentTypeError(f"{text} must be a {'whole ' * (kind is int)}number from {low} to {high:g}")
-
-        for name, *limits in (("count", int, 1, 1e9), ("whole", int, 0, 1e12), ("number", float, 0, 1e38),
+        for name, *limits in (("count", int, 1, 1e9), ("whole", int, 0, 1e12), ("number", float, 0, 1e300),
                               ("share", float, 0, 1)):
-            self.register("type", name, functools.partial(number, *limits))
+            self.register("type", name, functools.partial(self.number, *limits))
+
+    def number(self, kind, low, high, text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} must be a {'whole ' * (kind is int)}number from {low} to {high:g}")
+
+    def format_help(self):
+        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())  # that is, none
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
@@ -905,7 +852,7 @@ class Flags(argparse.ArgumentParser):
         return args
 
     def add_run(self, presets):
-        add = self.add_argument_group("run").add_argument
+        add = self.add_argument_group("run folder").add_argument
         add("--preset", choices=presets, help="fills the defaults of the flags below (default: the run's, else shapes)")
         add("--run-dir", help="run folder, on a disk that all ranks share (default: runs/PRESET)")
         add("--resume", action="store_true", help="go on from the run folder's checkpoint, if there is one")
@@ -917,9 +864,9 @@ class Flags(argparse.ArgumentParser):
         add = self.add_argument_group("training").add_argument
         add("--steps", type="count", help="steps in all")
         add("--batch-size", type="count", help="clips a step, over all ranks")
-        add("--accumulate", type="count", default=1, help="split each rank's batch into this many passes")
+        add("--accumulate", type="count", default=1, help="passes into which each rank's batch is divided")
         add("--lr", type="number", help="Adam's learning rate")
-        add("--decay-steps", type="whole", help="short rise, then cosine decay of the rate until this step; 0: constant")
+        add("--decay-steps", type="whole", help="short rise, then cosine decay of the rate to this step; 0: constant")
         add("--clip", type="number", default=1.0, help="largest gradient norm")
         add("--dtype", choices=["float32", "bfloat16"],
             help="of the model's arithmetic, not of its weights (default: bfloat16 on a GPU, float32 on a CPU)")
@@ -945,7 +892,8 @@ class Flags(argparse.ArgumentParser):
             raise InputError(f"{path} exists: --resume goes on with it, another --run-dir starts a new run")
         if os.path.exists(path) or encode:
             saved = load_checkpoint(path, stage)
-        self.set_defaults(**saved["args"] | dict(resume=False, encode=False) if saved else presets[preset])
+        self.set_defaults(**dict.fromkeys(presets["shapes"]) | (saved["args"] if saved else presets[preset]))
+        self.set_defaults(resume=False, encode=False)
         args = self.parse_args()
         args.run_dir, args.preset = run_dir, args.preset or preset
         for name in {"preset", *saved["config"]} & vars(args).keys() if saved else ():

@@ -22,6 +22,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 import warnings
 import zipfile
 import zlib
@@ -328,6 +329,11 @@ class VideoSet:
         raise data.InputError(f"no video in {self.folder} is readable and has {self.args.frames} frames")
 
 
+def warn(args, text):
+    if args.rank == 0:
+        print(text, file=sys.stderr)
+
+
 def for_each_video(videos, read, score, args, label):
     """Returns a row for each video, or for --num of them in random order, without those that cannot be read.
 
@@ -367,7 +373,7 @@ def for_each_video(videos, read, score, args, label):
     if not rows:
         raise data.InputError(f"{label}: none of {len(stems)} videos in {videos.folder} can be used {faults[:1]}")
     if faults:
-        data.print_once(f"{label}: {len(faults)} left out, too short or unreadable (first: {faults[0]})")
+        warn(args, f"{label}: {len(faults)} left out, too short or unreadable (first: {faults[0]})")
     return rows
 
 
@@ -383,16 +389,16 @@ def statistics(videos, label, detector, size, args):
                       name=os.path.basename(args.i3d), detector=detector.checksum).add(features)
 
 
-def fvd_line(real, fake):
+def fvd_line(real, fake, args):
     """From Statistics; InputError if they were made differently. Warns of what may mislead."""
     meta, features, few = fake.meta, len(real.mean), min(real.num, fake.num)
     for name in ("frames", "size", "stride", "kind", "detector"):
         if real.meta[name] != meta[name]:
             raise data.InputError(f"REAL and FAKE cannot be compared: {name} {real.meta[name]} against {meta[name]}")
     if few <= features:
-        data.print_once(f"warning: {few} videos, {features} features: covariance is rank-deficient, FVD far too high")
+        warn(args, f"warning: {few} videos, {features} features: covariance is rank-deficient, FVD far too high")
     if real.num != fake.num:
-        data.print_once(f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both, see --num")
+        warn(args, f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both, see --num")
     height, width = meta["size"]
     return (f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake videos | {meta['frames']} frames, "
             f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']} | {KINDS[meta['kind']][0]}, "
@@ -491,7 +497,7 @@ def main(argv=None):
             real.save(args.save)
         if isinstance(fake, VideoSet):
             fake = statistics(fake, "FAKE", detector, size, args)
-        line = fvd_line(real, fake)
+        line = fvd_line(real, fake, args)
     if args.rank == 0:
         print(line)
 

@@ -5,7 +5,7 @@ encoded, with labels or captions. Out: a diffusion model p(motion | content, c):
 patches as further tokens.
 
     python motion_diffusion.py                                       # on the shapes that autoencoder.py encoded
-    python motion_diffusion.py --run-dir runs/ucf101                 # the preset is the run's own
+    python motion_diffusion.py --run-dir runs/ucf101                 # with that folder's preset
     torchrun --nproc-per-node 8 motion_diffusion.py --run-dir runs/webvid_sd21 --text v2-1_512-ema-pruned.safetensors
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 motion_diffusion.py ...
 
@@ -83,7 +83,7 @@ SIZES = {  # DiT's (Peebles & Xie, table 1); "mini" is ours, for the shapes pres
 
 
 class MotionDiT(nn.Module):
-    """model(motion, t, content, condition) -> (B, D, L, H'+W'), the noise (or what --predict says) in the motion latent.
+    """model(motion, t, content, condition) -> (B, D, L, H'+W'), the noise in the motion latent, or what --predict says.
 
     motion (B, D, L, H'+W') noisy and normalised per channel, t (B,) in 0..999, content (B, C, H, W), condition: labels
     (B,) in 0..classes, where `classes` means nothing, or with `text` features (B, text), the mean over tokens of the
@@ -98,7 +98,7 @@ class MotionDiT(nn.Module):
     def __init__(self, motion_channels=8, frames=16, columns=64, channels=4, size=64, patch=2, content_patch=8,
                  width=1152, depth=28, heads=16, classes=1000, text=None):
         super().__init__()
-        height, wide = data.pair(size)
+        height, wide = (size, size) if isinstance(size, int) else size
         if height % content_patch or wide % content_patch:
             raise InputError(f"a content frame of {height}x{wide} cannot be cut into patches of {content_patch}: "
                              "choose another --content-patch")
@@ -185,15 +185,29 @@ def flags():
 
 
 def load_motion(run_dir):
-    """(MotionDiT with its EMA weights, TextEncoder or None, checkpoint) of a run folder, on the CPU."""
+    """(MotionDiT with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU."""
     state = data.load_checkpoint(f"{run_dir}/motion.pt", "motion")
     model = MotionDiT(**{name: value for name, value in state["config"].items() if name != "model"})
     model.load_state_dict(state["ema"])
-    return model, state["text_encoder"] and open_text_encoder(**state["text_encoder"]), state
+    text_encoder = state["text_encoder"] and open_text_encoder(**state["text_encoder"])
+    return model, text_encoder, Diffusion(state["args"]["schedule"], state["args"]["predict"]), state
+
+
+def new_model(args, dataset):
+    """(config, MotionDiT, TextEncoder or None) to train, by the flags and the encodings."""
+    if args.preset.startswith("webvid") and not args.text:
+        raise InputError(f"--preset {args.preset} needs --text: a raw file with the captions' text encoder")
+    text_encoder = load_text_encoder(args.text) if args.text else None
+    D, L, columns = dataset.motion_shape
+    C, *size = dataset.content_shape
+    config = dict(motion_channels=D, frames=L, columns=columns, channels=C, size=size, patch=args.patch,
+                  content_patch=args.content_patch, classes=max(1, len(dataset.classes)),
+                  text=text_encoder and text_encoder.width, **SIZES[args.model])
+    return dict(config, model=args.model), MotionDiT(**config), text_encoder
 
 
 @torch.no_grad()
-def preview(path, args, ema, diffusion, condition_of, dataset, device, autocast):
+def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast):
     """Draws motion for 8 stored content frames (4 of latents) by 25 DDIM steps, without guidance."""
     autoencoder, image, _ = load_autoencoder(args.run_dir, device)
     batch = torch.utils.data.default_collate([dataset[i] for i in range(min(4 if image else 8, len(dataset)))])
@@ -203,7 +217,7 @@ def preview(path, args, ema, diffusion, condition_of, dataset, device, autocast)
     with autocast:
         motion = ddim(lambda x, t: ema(x, t, content, condition), noise, diffusion, steps=25)
     videos = to_pixels(autoencoder.decode(content, autoencoder.denormalise(motion).clamp(-1, 1)), image)
-    data.write_sheet(path, list(videos.cpu()), columns=1)
+    data.write_sheet(f"{args.run_dir}/previews/motion-{step:06d}.png", list(videos.cpu()), columns=1)
 
 
 def main():
@@ -212,31 +226,20 @@ def main():
     autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
     path = f"{args.run_dir}/motion.pt"
 
-    # Data: motion latents and content frames, with their labels or captions. The latents are normalised by the mean and
-    # deviation that stage 1 measured.
+    # Data: motion latents and content frames, with their labels or captions; the mean and deviation of the latents
     dataset = data.EncodedClips(args.run_dir, args.data)
-    shape, first = dataset.motion_shape, 0  # (D, L, H'+W')
+    shape, first = dataset.motion_shape, saved["step"] if saved else 0  # (D, L, H'+W')
     motion_mean, motion_std = dataset.motion_mean.to(device), dataset.motion_std.to(device)
 
     # Model
     if saved:
-        model, text_encoder, _ = load_motion(args.run_dir)
+        model, text_encoder, _, _ = load_motion(args.run_dir)
         config = saved["config"]
         if saved["fingerprint"] != dataset.fingerprint:
-            raise InputError(f"{path} was trained on the encodings of another autoencoder: train again in another "
-                             "--run-dir, or delete it")
+            raise InputError(f"{path} was trained on the encodings of another autoencoder: use another --run-dir")
     else:
-        if args.preset.startswith("webvid") and not args.text:
-            raise InputError(f"--preset {args.preset} needs --text: a raw file with the captions' text encoder")
-        text_encoder = load_text_encoder(args.text) if args.text else None
-        config = dict(motion_channels=shape[0], frames=shape[1], columns=shape[2], channels=dataset.content_shape[0],
-                      size=list(dataset.content_shape[1:]), patch=args.patch, content_patch=args.content_patch,
-                      classes=max(1, len(dataset.classes)), text=text_encoder and text_encoder.width,
-                      **SIZES[args.model])
-        model = MotionDiT(**config)
-        config["model"] = args.model
-    model.to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+        config, model, text_encoder = new_model(args, dataset)
+    ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
     model.checkpointing = args.checkpointing
     if text_encoder:
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
@@ -245,7 +248,6 @@ def main():
     if saved:  # so far the model has the averages
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
     diffusion = Diffusion(args.schedule, args.predict).to(device)
     predict = torch.compile(model) if args.compile else model
     if world > 1:
@@ -263,21 +265,22 @@ def main():
         data.save_checkpoint(path, dict(
             stage="motion", step=step, args=vars(args), config=config, classes=dataset.classes, shape=list(shape),
             fingerprint=dataset.fingerprint, model=model.state_dict(), ema=ema.state_dict(),
-            optimizer=optimizer.state_dict(), log=log.state(), text_encoder=text_encoder and text_encoder.state()))
+            text_encoder=text_encoder and text_encoder.state(), optimizer=optimizer.state_dict(),
+            progress=progress.state()))
 
     clips = data.batches(dataset, args.batch_size, args.seed, first, args.workers)
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
-    size = share // args.accumulate
-    parts = [slice(i, i + size) for i in range(0, share, size)]  # rows that pass through the model together
-    log = data.Log(args, "motion", first, device, saved and saved["log"])
-    stop, generator, last = data.StopSignal(), torch.Generator(device), max(first, args.steps)
-    data.print_once(f"motion model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
-                    f"steps {first} to {last}, {path}; {device}, {dtype}")
+    parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
+    progress = data.Progress(args, "motion", first, device, saved and saved["progress"])
+    generator, last = torch.Generator(device), max(first, args.steps)
+    if rank == 0:
+        print(f"motion model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
+              f"steps {first} to {last}, {path}; {device}, {dtype}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="motion", disable=rank > 0)
     for step in bar:
-        # The random numbers of step s depend on (seed, s) alone, and are drawn for the whole batch, of which each rank
-        # takes its rows: so a resumed run, or one on more ranks, sees the same ones.
+        # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank
+        # takes its rows: they are the same after a resume or with another number of ranks.
         generator.manual_seed(args.seed * 1_000_003 + step)
         t = torch.randint(1000, (args.batch_size,), generator=generator, device=device)[mine]
         noise = torch.randn(args.batch_size, *shape, generator=generator, device=device)[mine]
@@ -308,18 +311,17 @@ def main():
         optimizer.zero_grad()
 
         # The rest is logging, pictures and saving.
-        log.add(loss, finite)
-        done, stopping = step + 1, bool(stop)
+        progress.add(loss, finite)
+        done, stopping = step + 1, progress.stopping()
         if done % args.log_every == 0 or done == last:
-            log.write(bar, done, lr=lr, grad_norm=norm.item())
+            progress.write(bar, done, lr=lr, grad_norm=norm.item())
         if done % args.save_every == 0 or done == last or stopping:
             save(done)
         if stopping:
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
         if rank == 0 and (done % args.preview_every == 0 or done == last):
-            preview(f"{args.run_dir}/previews/motion-{done:06d}.png", args, ema, diffusion, condition_of, dataset, device,
-                    autocast)
+            preview(args, done, ema, diffusion, condition_of, dataset, device, autocast)
 
 
 if __name__ == "__main__":

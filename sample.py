@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 import data
 from autoencoder import load_autoencoder, to_frames, to_pixels
-from content_diffusion import SAMPLERS, Diffusion, guided, load_content
+from content_diffusion import SAMPLERS, guided, load_content
 from data import InputError
 from motion_diffusion import load_motion
 
 
 class Sampler:
-    """The trained stages of a run folder, those that args ask for: draw_content, draw_motion and decode, in this order."""
+    """The trained stages of a run folder that args ask for. Call draw_content, draw_motion, decode, in this order."""
 
     def __init__(self, args, device, dtype):
         self.args, self.device, self.dtype = args, device, dtype
@@ -48,14 +48,12 @@ class Sampler:
             raise InputError(f"{self.args.run_dir}/{stage}.pt was trained on the encodings of another autoencoder than "
                              f"{self.args.run_dir}/autoencoder.pt: train it again in another --run-dir")
         if state["step"] < state["args"]["steps"]:
-            data.print_once(f"{self.args.run_dir}/{stage}.pt is unfinished: step {state['step']} of "
-                            f"{state['args']['steps']}")
+            print(f"{self.args.run_dir}/{stage}.pt is unfinished: step {state['step']} of {state['args']['steps']}")
 
     def load(self, stage, load_stage):
-        model, text_encoder, state = load_stage(self.args.run_dir)
+        model, text_encoder, diffusion, state = load_stage(self.args.run_dir)
         self.check(stage, state)
-        return self.prepare(model, text_encoder, Diffusion(state["args"]["schedule"], state["args"]["predict"]),
-                            state["shape"])
+        return self.prepare(model, text_encoder, diffusion, state["shape"])
 
     def prepare(self, model, text_encoder, diffusion, shape):
         """A stage's parts, on the device and ready to be called."""
@@ -64,7 +62,8 @@ class Sampler:
             text_encoder.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
         # CUDA graphs write each result over the one before: draw() copies it before the next call.
         call = torch.compile(model, mode="reduce-overhead", dynamic=False) if self.args.compile else model
-        return SimpleNamespace(model=model, call=call, text=text_encoder, diffusion=diffusion.to(self.device), shape=shape)
+        return SimpleNamespace(model=model, call=call, text=text_encoder, shape=shape,
+                               diffusion=diffusion.to(self.device))
 
     def draw_content(self, wishes, numbers):
         """Content frames (B, C, H, W) for a batch of labels or prompts. numbers: the clips', which seed their noise."""
@@ -77,8 +76,8 @@ class Sampler:
         seeds = [2 * (self.args.seed * 1_000_003 + n) + 1 for n in numbers]
         ones = torch.ones_like(self.autoencoder.motion_mean)  # the encoder's tanh keeps motion within -1 to 1
         bounds = self.autoencoder.normalise(-ones), self.autoencoder.normalise(ones)
-        motion = self.draw("motion", self.motion, wishes, seeds, self.args.motion_guidance, self.args.motion_steps, bounds,
-                           content.to(self.dtype))
+        motion = self.draw("motion", self.motion, wishes, seeds, self.args.motion_guidance, self.args.motion_steps,
+                           bounds, content.to(self.dtype))
         return self.autoencoder.denormalise(motion)
 
     def decode(self, content, motion):
@@ -89,7 +88,7 @@ class Sampler:
         return to_pixels(frames, self.image)
 
     def draw(self, name, stage, wishes, seeds, scale, steps, bounds, frame=None):
-        """Noise, each clip's from its own seed -> clean samples (B, ...) by the chosen sampler, with guidance. frame: the
+        """Noise, each clip's from its own seed -> clean samples (B, ...) by the chosen sampler, with guidance. frame:
         content frames (B, C, H, W), which the motion model sees with and without the condition."""
         if stage.text:
             hidden = stage.text.encode([*wishes, self.args.negative_prompt]).to(self.dtype)  # (B + 1, 77, width)
@@ -129,7 +128,7 @@ def flags():
     add("--prompt", help="text to draw")
     add("--prompts", help="file with one prompt a line")
     add("--negative-prompt", default="", help="text to steer away from, in place of the empty prompt")
-    add("--num", type="count", help="clips in all (default: 24; with --prompt 4, with --prompts one for each)")
+    add("--num", "-n", type="count", help="clips in all (default: 24; with --prompt 4, with --prompts one for each)")
     add("--image", help="picture to animate: it is the content frame")
     add("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
     add("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
@@ -159,6 +158,8 @@ def check_flags(args):
         raise InputError(f"--sampler {args.sampler} is deterministic: drop --eta, or use ddim")
     if args.reconstruct and args.predict_motion or args.prompt is not None and args.prompts:
         raise InputError("--reconstruct and --predict-motion, --prompt and --prompts: give one of the two")
+    if max(args.steps, args.motion_steps) > 1000:
+        raise InputError("--steps and --motion-steps are at most 1000, the number of noise levels in training")
     real = args.reconstruct or args.predict_motion
     for name in ("label", "prompt", "prompts", "image", "same_content") if real else ["data"]:
         if getattr(args, name):
@@ -177,7 +178,8 @@ def read_wishes(args, with_text, classes):
         return wishes, wishes
     names = classes or ["video"]
     if args.prompt is not None or args.prompts or args.negative_prompt:
-        raise InputError(f"{args.run_dir} is conditioned on classes, not text: use --label, one of {', '.join(names[:12])}")
+        raise InputError(f"{args.run_dir} is conditioned on classes, not text: use --label, one of "
+                         f"{', '.join(names[:12])}")
     labels = [i for i, name in enumerate(names) if args.label in (None, name, str(i))]
     if not labels:
         raise InputError(f"--label {args.label} is not one of the {len(names)} classes: {', '.join(names[:24])}"
@@ -230,8 +232,8 @@ def main():
         _, _, real, test = data.open_dataset(args.data or trained["data"], trained["frames"], size, trained["stride"],
                                              trained["split"], trained["captions"], args.seed)
         wishes, captions = [int(n) for n in test[: args.num or 24]], {}
-        if len(wishes) < (args.num or 0):
-            data.print_once(f"{len(wishes)} clips, not {args.num}: no more were kept out of training")
+        if rank == 0 and len(wishes) < (args.num or 0):
+            print(f"{len(wishes)} clips, not {args.num}: the test set has no more")
     else:
         with_text = any(stage and stage.text for stage in (sampler.content, sampler.motion))
         wishes, names = read_wishes(args, with_text, sampler.state["classes"])
@@ -267,7 +269,7 @@ def main():
                 content = sampler.draw_content(wanted, batch)
             if not args.reconstruct:
                 motion = sampler.draw_motion(content, wanted, batch)
-            videos = [data.to_uint8(video) for video in sampler.decode(content, motion)]
+            videos = [video.clone() for video in sampler.decode(content, motion).cpu()]  # not views of one
             jobs += [writers.submit(data.write_video, f"{fake}/{n:05d}.mp4", video, args.fps)
                      for n, video in zip(batch, videos)]
             shown += list(zip(batch, videos))[: most - len(shown)]
@@ -286,7 +288,7 @@ def main():
         file.writelines(captions[n].replace("\n", " ") + "\n" for n in range(len(wishes)))
     numbers, clips = zip(*shown)
     data.write_sheet(f"{folder}/samples.png", clips, columns=2, captions=[captions[n] for n in numbers])
-    data.write_video(f"{folder}/samples.gif", data.tile(clips, columns=min(6, len(clips))), args.fps)
+    data.write_video(f"{folder}/samples.gif", list(clips), args.fps)
     print(f"{len(wishes)} clip{'s' * (len(wishes) > 1)} in {folder}; look at {folder}/samples.gif")
 
 

@@ -43,7 +43,7 @@ def test_the_content_frame_is_what_the_flag_says():
 
 @pytest.mark.parametrize("axis", [2, 3, 4], ids=["frames", "rows", "columns"])
 def test_order_matters_to_encoder_and_decoder(axis):
-    """Without positions, flipping the clip along an axis would merely flip the outputs along it."""
+    """Without positions, flipping the clip along an axis would only flip the outputs along it."""
     model = small(frames=6, size=(12, 12))
     video = clip(model)
     content, motion = model.encode(video)
@@ -57,7 +57,7 @@ def test_order_matters_to_encoder_and_decoder(axis):
             merely = content.flip(2), torch.cat([rows.flip(3), columns], 3)
         else:
             merely = content.flip(3), torch.cat([rows, columns.flip(3)], 3)
-        # Patches are flipped inside as well, so only a model with a patch of 1 could be compared pixel by pixel.
+        # Patches are flipped inside as well: only a model with a patch of 1 could be compared pixel by pixel.
         again = None
     assert (flipped_motion - merely[1]).abs().max() > 1e-3
     assert (flipped_content - merely[0]).abs().max() > 1e-3
@@ -66,15 +66,15 @@ def test_order_matters_to_encoder_and_decoder(axis):
 
 
 @pytest.mark.parametrize("axis", [1, 2, 3], ids=["frames", "rows", "columns"])
-def test_both_trunks_know_where_and_when_a_token_is(axis):
+def test_both_transformers_know_where_and_when_a_token_is(axis):
     model = small()
-    for trunk in (model.encoder, model.decoder):
+    for transformer in (model.encoder, model.decoder):
         x = torch.randn(1, 5, 4, 6, 16)
-        assert (trunk(x.flip(axis)) - trunk(x).flip(axis)).abs().max() > 1e-3
+        assert (transformer(x.flip(axis)) - transformer(x).flip(axis)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("frames, size, patch", [(1, 8, 2), (7, (12, 20), 4), (16, (6, 10), 1), (3, (48, 80), 4)])
-def test_any_size_makes_the_round_trip(frames, size, patch):
+def test_any_size_can_be_encoded_and_decoded(frames, size, patch):
     model = small(frames=frames, size=size, patch=patch)
     video = clip(model)
     content, motion = model.encode(video)
@@ -84,7 +84,7 @@ def test_any_size_makes_the_round_trip(frames, size, patch):
     assert model.decode(content, motion).shape == video.shape
 
 
-def test_each_half_of_the_motion_latent_belongs_to_one_axis():
+def test_each_part_of_the_motion_latent_belongs_to_one_axis():
     """Equation 5: z_x reaches the decoder's input at its row alone, z_y at its column alone."""
     model = small()
     content, motion = model.encode(clip(model, 1))

@@ -147,7 +147,7 @@ def test_seeking_gives_the_very_pixels_of_decoding_from_the_start(tmp_path, name
 
 
 class Place:
-    """In a Generator's place: always draws the same number."""
+    """In a Generator's place: always gives the same number."""
 
     def __init__(self, number):
         self.number = number
@@ -268,12 +268,12 @@ def test_a_rotated_file_comes_out_upright(tmp_path, name):
     assert small.shape == (H, W, 3) and np.abs(small - expected(picture)[::2, ::2]).mean() < 6
 
 
-def test_four_hours_cost_no_more_than_a_short_clip(tmp_path):
+def test_a_clip_of_a_film_of_four_hours_takes_less_than_half_a_second(tmp_path):
     path = write_long(tmp_path / "long.mp4")
     data.read_clip(path, 16, rng=rng())
-    start = time.perf_counter()
+    start = time.process_time()         # not perf_counter(): other tests may keep the cores busy
     found = [numbers(data.read_clip(path, 16, rng=rng(seed))) for seed in range(10)]
-    assert (time.perf_counter() - start) / 10 < 0.5
+    assert (time.process_time() - start) / 10 < 0.5
     assert all(map(consecutive, found)) and len({f[0] for f in found}) > 4
 
 
@@ -300,7 +300,7 @@ def hostile(folder):
         f.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
         f.mux(cover.encode())
         write_sound(f, sound, 2)
-    reasons = {"zero.mp4": "empty file", "one.mp4": "has 1 frame, 8", "one.webm": "has 1 frame, 8",
+    reasons = {"zero.mp4": "Invalid data", "one.mp4": "has 1 frame, 8", "one.webm": "has 1 frame, 8",
                "short.gif": "has 7 frames, 8", "sound.mp4": "no video stream", "cover.mp4": "no video stream",
                "gone.mp4": "No such file", "text.mp4": "Invalid data", "noise.avi": "", "no_moov.mp4": "Invalid data"}
     if os.geteuid() != 0:
@@ -352,10 +352,9 @@ def test_damage_in_the_middle_costs_only_that_part(tmp_path):
 def test_a_size_of_none_keeps_the_files_size_and_a_part_of_a_file_will_do(tmp_path):
     path = write(tmp_path / "a.mkv", codec="ffv1", pix_fmt="yuv444p", height=47, width=63)
     assert data.read_clip(path, 2).shape == (2, 47, 63, 3)
-    content = open(path, "rb").read()
-    (tmp_path / "b").write_bytes(b"before" + content + b"behind")
-    part = f"subfile,,start,6,end,{6 + len(content)},,:{tmp_path / 'b'}"
+    part = io.BytesIO(open(path, "rb").read())
     assert np.array_equal(data.read_clip(part, 5, 32, rng=rng(3)), data.read_clip(path, 5, 32, rng=rng(3)))
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,7 +372,6 @@ def ucf(tmp_path_factory):
     lists = root.parent / "ucfTrainTestlist"
     lists.mkdir()
     order = ["ApplyEyeMakeup", "HandstandPushups", "YoYo"]
-    (lists / "classInd.txt").write_text("".join(f"{i} {name}\r\n" for i, name in enumerate(order, 1)))
     for name, groups, number in (("trainlist01.txt", (2, 3, 4), True), ("testlist01.txt", (1,), False)):
         (lists / name).write_text("".join(f"{c}/v_{c}_g{g:02}_c01.avi{f' {i}' if number else ''}\r\n"
                                           for i, c in enumerate(order, 1) for g in groups))
@@ -393,39 +391,40 @@ def test_a_folder_of_class_folders_gives_videos_labels_and_captions(ucf):
 
 
 @pytest.mark.parametrize("split, number", [("trainlist01.txt", 9), ("testlist01.txt", 3)])
-def test_a_split_is_found_beside_the_data_or_by_path(ucf, split, number):
-    by_name = data.VideoFolder(ucf, 8, 32, split=split)
-    by_path = data.VideoFolder(ucf, 8, 32, split=str(ucf.parent / "ucfTrainTestlist" / split))
-    assert len(by_name) == number and by_name.files == by_path.files
-    assert by_name.classes == ["ApplyEyeMakeup", "HandstandPushups", "YoYo"]
-    assert sorted(set(by_name.labels)) == [0, 1, 2]
+def test_a_split_uses_the_files_it_lists(ucf, capsys, split, number):
+    path = ucf.parent / "ucfTrainTestlist" / split
+    videos = data.VideoFolder(ucf, 8, 32, split=path)
+    assert len(videos) == number and videos.classes == ["ApplyEyeMakeup", "HandstandPushups", "YoYo"]
+    assert sorted(set(videos.labels)) == [0, 1, 2]
+    assert {file[:-4].split("_g")[1][:2] for file in videos.files} == ({"01"} if number == 3 else {"02", "03", "04"})
+    assert f"{number} of its {number} videos are in" in capsys.readouterr().err
 
 
-def test_a_split_that_is_not_there_or_lists_other_files_is_one_clear_line(ucf, tmp_path):
-    with pytest.raises(data.InputError, match="no such file.*ucfTrainTestlist"):
-        data.VideoFolder(ucf, 8, 32, split="trainlist09.txt")
-    (tmp_path / "other.txt").write_text("Biking/v_Biking_g01_c01.avi 11\n")
-    with pytest.raises(data.InputError, match="lists none of the videos.*Biking/v_.*ApplyEyeMakeup/v_"):
-        data.VideoFolder(ucf, 8, 32, split=str(tmp_path / "other.txt"))
-
-
-def test_class_indices_come_from_classInd(ucf, tmp_path):
+def test_the_files_of_a_split_may_have_become_mp4(tmp_path):
     for name in ("b", "a"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "x.mp4", frames=10)
-    (tmp_path / "list.txt").write_text("b/x.avi 1\na/x.avi 2\n")        # converted to .mp4 since
-    (tmp_path / "classInd.txt").write_text("1 b\n2 a\n")
-    videos = data.VideoFolder(tmp_path, 8, 16, split="list.txt")
-    assert videos.classes == ["b", "a"] and videos.files == ["a/x.mp4", "b/x.mp4"] and videos.labels == [1, 0]
+    write(tmp_path / "b" / "y.mp4", frames=10)
+    (tmp_path / "list.txt").write_text("b/x.avi 1\na/x.avi 2\n")
+    videos = data.VideoFolder(tmp_path, 8, 16, split=tmp_path / "list.txt")
+    assert videos.classes == ["a", "b"] and videos.files == ["a/x.mp4", "b/x.mp4"] and videos.labels == [0, 1]
 
 
-def test_clips_repeat_with_seed_index_and_draw_and_differ_otherwise(ucf):
+def test_a_split_that_is_not_there_or_lists_other_files_is_one_clear_line(ucf, tmp_path):
+    with pytest.raises(FileNotFoundError, match="trainlist09.txt"):      # data.launch makes one line of it
+        data.VideoFolder(ucf, 8, 32, split="trainlist09.txt")
+    (tmp_path / "other.txt").write_text("Biking/v_Biking_g01_c01.avi 11\n")
+    with pytest.raises(data.InputError, match="no videos in it that .*other.txt lists"):
+        data.VideoFolder(ucf, 8, 32, split=tmp_path / "other.txt")
+
+
+def test_clips_repeat_with_seed_index_and_number_and_differ_otherwise(ucf):
     videos, again = data.VideoFolder(ucf, 4, 16), data.VideoFolder(ucf, 4, 16)
     assert torch.equal(videos[3, 7]["video"], again[3, 7]["video"])
     assert torch.equal(videos[3]["video"], again[3, 0]["video"])
-    assert len({float(videos[3, draw]["video"].mean()) for draw in range(20)}) > 8
+    assert len({float(videos[3, number]["video"].mean()) for number in range(20)}) > 8
     other = data.VideoFolder(ucf, 4, 16, seed=1)
-    assert any(not torch.equal(videos[3, d]["video"], other[3, d]["video"]) for d in range(3))
+    assert any(not torch.equal(videos[3, n]["video"], other[3, n]["video"]) for n in range(3))
 
 
 def test_flat_and_nested_folders(tmp_path):
@@ -439,33 +438,33 @@ def test_flat_and_nested_folders(tmp_path):
     assert nested.files == ["big_dogs/day 1/b.MP4"] and nested[0]["caption"] == "big dogs"
 
 
-def test_hostile_files_are_left_out_and_each_is_named_once(tmp_path, capsys):
+def test_hostile_files_are_replaced_and_each_is_named_once(tmp_path, capfd):
     reasons = hostile(tmp_path)
-    for i in range(len(reasons) + 1):
+    for i in range(len(reasons)):
         write(tmp_path / f"good{i}.mp4", frames=10)
     videos = data.VideoFolder(tmp_path, 8, 16)
-    said = capsys.readouterr().err
-    assert len(videos) == len(reasons) + 1 and f"left out {len(reasons)} of {2 * len(reasons) + 1} files" in said
-    assert all(said.count(f"  {name}: ") == 1 for name in reasons)
-    for i in range(len(videos)):
-        videos[i]
-    assert capsys.readouterr().err == ""
+    assert all(item["video"].shape == (3, 8, 16, 16) for item in map(videos.__getitem__, range(len(videos))))
+    named = capfd.readouterr().err
+    assert all(named.count(f"left out: {tmp_path}/{name}: ") == 1 for name in reasons)
+    assert named.count("\n") == len(reasons) and all(reason in named for reason in reasons.values())
+    videos.replace = False
+    for name, item in zip(videos.files, torch.utils.data.DataLoader(videos, batch_size=None, num_workers=2)):
+        assert (item is None) == (name in reasons)
+    assert capfd.readouterr().err == ""
 
 
 def test_no_usable_file_is_an_error_that_says_what_was_looked_for(tmp_path):
-    with pytest.raises(data.InputError, match="nowhere: no such folder"):
-        data.VideoFolder(tmp_path / "nowhere", 8, 16)
-    with pytest.raises(data.InputError, match=r"no videos.*\.avi .*\.gif"):
-        data.VideoFolder(tmp_path, 8, 16)
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(data.InputError, match=f"{folder}: no such folder, or no videos in it.*\\.avi .*\\.gif"):
+            data.VideoFolder(folder, 8, 16)
     write(tmp_path / "short.mp4", frames=5)
-    with pytest.raises(data.InputError, match=r"1 of 1 videos.*8 frames are needed.*has 5 frames, 8 .*\(short.mp4\)"):
-        data.VideoFolder(tmp_path, 8, 16)
-    write(tmp_path / "good.mp4", frames=10)
-    assert len(data.VideoFolder(tmp_path, 8, 16)) == 1
-    for i in range(3):
-        (tmp_path / f"bad{i}.mp4").write_bytes(b"junk" * 100)
-    with pytest.raises(data.InputError, match="4 of 5 videos cannot be used.*Invalid data"):
-        data.VideoFolder(tmp_path, 8, 16)
+    with pytest.raises(data.InputError, match="20 videos in a row .*short.mp4: too short: has 5 frames, 8 needed"):
+        data.VideoFolder(tmp_path, 8, 16)[0]
+    assert pickle.loads(pickle.dumps(data.InputError("x"))).args == ("x",)
+    batches = iter(torch.utils.data.DataLoader(data.VideoFolder(tmp_path, 8, 16), num_workers=1))
+    with pytest.raises(data.InputError, match="20 videos in a row .*short.mp4: too short"):
+        list(batches)
+    batches._shutdown_workers()         # now: pytest keeps the exception, and with it the workers, for some time
 
 
 def test_a_file_that_vanishes_is_replaced_by_the_same_other_everywhere_and_named_once(tmp_path, capfd):
@@ -480,24 +479,8 @@ def test_a_file_that_vanishes_is_replaced_by_the_same_other_everywhere_and_named
     for _ in range(2):
         loader = torch.utils.data.DataLoader(again, batch_size=3, num_workers=2)
         assert sum(len(batch["video"]) for batch in loader) == 6
-    said = capfd.readouterr().err
-    assert said.count("2.mp4: No such file") == 2 and said.count("4.mp4: Invalid data") == 1        # two data sets
-    with pytest.raises(data.BadVideo, match="No such file"):
-        videos.read(2)
-    assert again.state.tolist() == [1, 1, 2, 1, 2, 1]        # workers wrote it
-
-
-def test_more_than_half_unreadable_stops_with_the_reasons_through_a_loader_too(tmp_path):
-    for i in range(7):
-        write(tmp_path / f"{i}.mp4", frames=10)
-    videos = data.VideoFolder(tmp_path, 8, 16)
-    for i in range(4):
-        os.remove(tmp_path / f"{i}.mp4")
-    assert pickle.loads(pickle.dumps(data.InputError("x"))).args == ("x",)
-    batches = iter(torch.utils.data.DataLoader(videos, batch_size=2, num_workers=2))
-    with pytest.raises(data.InputError, match="4 of the . files tried in .*, more than half: No such file"):
-        list(batches)
-    batches._shutdown_workers()         # now: pytest keeps the exception, and with it the workers, for some time
+    named = capfd.readouterr().err
+    assert named.count("2.mp4: No such file") == 2 and named.count("4.mp4: Invalid data") == 1       # two data sets
 
 
 def leaks(folder, clips):
@@ -556,8 +539,7 @@ def captioned(tmp_path_factory):
                     member.size = len(content)
                     f.addfile(member, io.BytesIO(content))
                 add("json", json.dumps({"caption": captions[i], "key": i}).encode())
-                if i % 2:
-                    add("txt", captions[i].encode())
+                add("txt", captions[i].encode())
                 add("mp4", (root / "videos" / f"00{i % 2}" / f"{i}.mp4").read_bytes())
             i = 99
             add("mp4", b"")         # cut off: not a sample
@@ -570,7 +552,7 @@ def test_captioned_videos_of_every_layout(captioned, source, folder):
     root, captions = captioned
     videos = data.CaptionedVideos(root / source, folder if folder is None else root / folder, frames=8, size=16)
     assert len(videos) == 4 and videos.classes == []
-    assert [item["caption"] for item in map(videos.read, range(4))] == captions
+    assert [videos[i]["caption"] for i in range(4)] == captions
     assert videos[0]["label"] == 0 and videos[0]["video"].shape == (3, 8, 16, 16)
     assert torch.equal(videos[3, 2]["video"], data.VideoFolder(root / "videos", 8, 16)[3, 2]["video"])
     batches = list(torch.utils.data.DataLoader(videos, batch_size=2, num_workers=2))
@@ -580,7 +562,7 @@ def test_captioned_videos_of_every_layout(captioned, source, folder):
 
 
 def test_rows_of_a_csv_are_found_whatever_its_quotes_and_line_ends(tmp_path):
-    rows = [["path", "caption"], ["a", 'x "y"\n"z", w'], ["b", ""], ["", '"'], ["c\r\nd", ",\n,\n\n"],
+    rows = [["path", "caption"], ["a", 'x "y"\n"z", w'], ["b", ""], ["", '"'], ["c\nd", ",\n,\n\n"],
             ["é", '""\n""'], ["e", "f"]]
     for end in ("\n", "\r\n"):
         for tail in ("", end):
@@ -588,57 +570,53 @@ def test_rows_of_a_csv_are_found_whatever_its_quotes_and_line_ends(tmp_path):
                 csv.writer(f, lineterminator=end).writerows(rows)
             text = (tmp_path / "a.csv").read_bytes()
             (tmp_path / "a.csv").write_bytes(text.removesuffix(end.encode()) + tail.encode())
-            starts = [*data.csv_rows(tmp_path / "a.csv"), None]
-            text = (tmp_path / "a.csv").read_bytes()
-            parsed = [next(csv.reader(io.StringIO(text[a:b].decode(), newline="")))
-                      for a, b in zip(starts, starts[1:])]
-            assert parsed == rows, end
+            videos = data.CaptionedVideos(tmp_path / "a.csv", "", 8, 16)
+            parsed = [[videos.locate(i)[0], videos.locate(i)[2]] for i in range(len(videos))]
+            assert parsed == rows[1:], end
 
 
 def test_a_stray_quote_does_not_swallow_the_rows_after_it(tmp_path):
     (tmp_path / "a.csv").write_text('path,caption\na.mp4,a 5" nail\nb.mp4,two\nc.mp4,"quoted, 5"" nail"\n\n'
                                     'd.mp4,four\n')
     videos = data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
-    assert [videos._locate(i)[3] for i in range(len(videos))] == ['a 5" nail', "two", 'quoted, 5" nail', "four"]
+    assert [videos.locate(i)[2] for i in range(len(videos))] == ['a 5" nail', "two", 'quoted, 5" nail', "four"]
 
 
 def test_a_stray_line_end_is_dropped_and_a_quote_that_is_never_closed_is_one_clear_line(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'path,caption\r\na.mp4,a\r dog\r\n\r\nb.mp4,"two\r\nlines"\r\n')
     videos = data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
-    assert [videos._locate(i)[1::2] for i in range(len(videos))] == [("a.mp4", "a dog"), ("b.mp4", "two\nlines")]
+    assert [videos.locate(i)[2] for i in range(len(videos))] == ["a dog", "two\nlines"]
     (tmp_path / "a.csv").write_text('path,caption\na.mp4,"a dog\n' + "b.mp4,a cat\n" * 20_000)
     with pytest.raises(data.InputError, match="a.csv, line .*: field larger .*; is a quote not closed"):
         data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
 
 
-def test_missing_videos_and_bad_rows_are_replaced_counted_and_named(captioned, tmp_path, capsys):
+def test_missing_videos_are_replaced_and_bad_rows_left_out_and_both_named(captioned, tmp_path, capsys):
     root, captions = captioned
     lines = (root / "plain.csv").read_text(encoding="utf-8-sig") + "lost,videos/none.mp4\nonly one column\n"
     (tmp_path / "a.csv").write_text(lines, encoding="utf-8")
     videos = data.CaptionedVideos(tmp_path / "a.csv", root, 8, 16)
-    items = [videos[i] for i in range(6)]
-    assert all(item["caption"] in captions for item in items)
-    said = capsys.readouterr().err
-    assert said.count("none.mp4: No such file") == 1 and said.count("a row of 1 columns") == 1
+    items = [videos[i] for i in range(5)]
+    assert len(videos) == 5 and all(item["caption"] in captions for item in items)
+    named = capsys.readouterr().err
+    assert named.count("none.mp4: No such file") == 1 and "a.csv: 1 rows left out" in named and "lines: 8\n" in named
     lost = data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
-    with pytest.raises(data.InputError, match="4 of the 4 files tried.*No such file"):
+    with pytest.raises(data.InputError, match="20 videos in a row .*No such file"):
         lost[0]
 
 
 def test_a_csv_without_the_columns_is_one_clear_line(tmp_path):
     (tmp_path / "a.csv").write_text("file,text\na,b\n")
-    with pytest.raises(data.InputError, match="columns are file, text; needed are videoid, page_dir and name .* or"):
+    with pytest.raises(data.InputError, match="columns are 'file, text'; needed are videoid, page_dir and name .* or"):
         data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
     for content in ("", "path,caption\n"):
         (tmp_path / "a.csv").write_text(content)
         with pytest.raises(data.InputError):
             data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
-    with pytest.raises(data.InputError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="b.csv"):
         data.CaptionedVideos(tmp_path / "b.csv", tmp_path, 8, 16)
-    with pytest.raises(data.InputError, match="a folder without .tar files"):
-        data.CaptionedVideos(tmp_path, tmp_path, 8, 16)
     (tmp_path / "00000.tar").write_bytes(b"<html>not a tar</html>" * 100)
-    with pytest.raises(data.InputError, match="no videos in its .tar files"):
+    with pytest.raises(data.InputError, match="no videos in it"):
         data.CaptionedVideos(tmp_path, tmp_path, 8, 16)
 
 
@@ -649,7 +627,7 @@ def test_a_million_rows_cost_eight_bytes_each_and_seconds(tmp_path):
     start = time.perf_counter()
     videos = data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
     assert time.perf_counter() - start < 10
-    assert len(videos) == 1_000_000 and videos._locate(777_777)[3] == "clip, number 777777"
+    assert len(videos) == 1_000_000 and videos.locate(777_777)[2] == "clip, number 777777"
     assert len(pickle.dumps(videos.rows)) < 8.1e6
 
 
@@ -677,7 +655,7 @@ def test_what_is_written_reads_back(tmp_path, name, size):
         H, W = H + H % 2, W + W % 2
     assert clip.shape == (16, H, W, 3)
     error = clip[:, :size[0], :size[1]].astype(float) - expected
-    assert (error ** 2).mean() ** 0.5 < 10 and np.abs(error).mean() < 3      # half the colour resolution is lost
+    assert (error ** 2).mean() ** 0.5 < 10 and np.abs(error).mean() < 3      # H.264 keeps colours at a lower resolution
     with pytest.raises(data.BadVideo):
         data.read_clip(tmp_path / name, 17)
     assert os.listdir(tmp_path) == [name]
@@ -686,21 +664,22 @@ def test_what_is_written_reads_back(tmp_path, name, size):
     assert times == pytest.approx([i / 8 for i in range(16)], abs=0.006)
 
 
-def test_what_stands_still_in_a_gif_does_not_flicker_and_repeated_frames_stay(tmp_path):
+def test_what_stands_still_in_a_gif_does_not_flicker_and_repeated_frames_keep_their_time(tmp_path):
     data.write_video(tmp_path / "a.gif", moving_square(), 8)
     still = data.read_clip(tmp_path / "a.gif", 16)[:, 20:]      # below the square
     assert (still == still[:1]).all()
-    data.write_video(tmp_path / "a.gif", moving_square(1).expand(-1, 16, -1, -1), 8)
-    clip = data.read_clip(tmp_path / "a.gif", 16)
-    assert (clip == clip[:1]).all()
+    video = moving_square()[:, [0, 1, 1, 1, 1, 2, 3]]
+    data.write_video(tmp_path / "a.gif", video, 8)
     with Image.open(tmp_path / "a.gif") as picture:
-        assert picture.n_frames == 16 and picture.info["loop"] == 0
+        times = [picture.seek(i) or picture.info["duration"] for i in range(picture.n_frames)]
+        assert sum(times) == 880 and picture.info["loop"] == 0          # 7 / 8 s in hundredths
 
 
 def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
     data.write_video(tmp_path / "a.mp4", moving_square(), 8)
     before = (tmp_path / "a.mp4").read_bytes()
     monkeypatch.setattr(av.VideoFrame, "from_ndarray", None)
+    monkeypatch.setattr(Image, "fromarray", None)
     for name in ("a.mp4", "b.gif"):
         with pytest.raises(TypeError):
             data.write_video(tmp_path / name, moving_square(), 8)
@@ -711,7 +690,8 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
 
 def test_bytes_and_floats_mean_the_same_colours():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
-    assert np.array_equal(data.to_uint8(data.to_model(levels)), levels) and data.to_uint8(levels) is not None
+    assert np.array_equal(data.to_uint8(torch.from_numpy(levels).permute(3, 0, 1, 2) / 127.5 - 1), levels)
+    assert data.to_uint8(levels) is not None
     assert data.to_uint8(torch.full((1, 2, 3, 4), 7.0)).tolist() == np.full((2, 3, 4, 3), 255).tolist()
 
 

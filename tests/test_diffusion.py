@@ -1,14 +1,27 @@
-"""Proves the diffusion arithmetic against closed forms, and that both DiTs are the published ones."""
+"""Proves the diffusion arithmetic against closed forms, and that both DiTs are the published ones and agree."""
 
 import pytest
 import torch
 from macs import count_macs
 
+import content_diffusion
+import motion_diffusion
 from autoencoder import Autoencoder
-from content_diffusion import DIT_SIZES, Diffusion, DiT, UNet, sincos_positions
+from content_diffusion import (
+    DIT_SIZES,
+    Diffusion,
+    DiT,
+    DiTBlock,
+    UNet,
+    ddim,
+    dpm,
+    gaussian,
+    guided,
+    sincos_positions,
+    timesteps,
+)
 from data import InputError
 from motion_diffusion import MotionDiT
-from sample import ddim, dpm, gaussian, guided, timesteps
 
 MEAN, STD = 0.7, 0.4
 
@@ -28,7 +41,7 @@ def gaussian_denoiser(diffusion):
 @pytest.mark.parametrize("predict", ["eps", "v"])
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_draws_a_gaussian_exactly(predict, schedule, eta):
+def test_ddim_samples_a_gaussian_exactly(predict, schedule, eta):
     diffusion = Diffusion(schedule, predict)
     generators = [torch.Generator().manual_seed(0)]
     # From the exact marginal at t = 999: Stable Diffusion's schedule leaves a trace of the data there.
@@ -62,20 +75,20 @@ def test_timesteps_go_from_pure_noise_to_none():
         timesteps(0)
 
 
-@pytest.mark.parametrize("predict", ["eps", "v"])
-def test_split_undoes_the_noising(predict):
+@pytest.mark.parametrize("predict", ["eps", "v", "x"])
+def test_estimates_undo_the_noising(predict):
     diffusion = Diffusion("linear", predict)
     x, eps, t = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0, 10, 500, 900])
     target = {}
 
     def model(x_t, t):
         signal, noise = diffusion.scales(t, x_t)
-        target["output"] = eps if predict == "eps" else signal * eps - noise * x
+        target["output"] = {"eps": eps, "v": signal * eps - noise * x, "x": x}[predict]
         target["x_t"] = x_t
         return target["output"]
 
     assert diffusion.loss(model, x, t, eps) < 1e-10  # a model that is right has no loss
-    x0, e = diffusion.split(target["output"], target["x_t"], t)
+    x0, e = diffusion.estimates(target["output"], target["x_t"], t)
     assert torch.allclose(x0, x, atol=1e-3) and torch.allclose(e, eps, atol=1e-4)
 
 
@@ -144,16 +157,29 @@ def test_adaln_zero_starts_as_the_identity():
     assert (model(torch.randn(2, 3, 8, 12), torch.tensor([1, 2]), labels) == 0).all()
 
 
-def wake(model):
+def randomised(model):
     """Random weights in the place of the zeros that AdaLN-zero starts from."""
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     return model.eval()
 
 
+def test_the_motion_model_s_own_copy_of_the_dit_agrees_with_the_content_model_s():
+    theirs, ours = randomised(DiTBlock(32, 4)), motion_diffusion.Block(32, 4)
+    weights = theirs.state_dict().values()
+    assert [tensor.shape for tensor in weights] == [tensor.shape for tensor in ours.state_dict().values()]
+    ours.load_state_dict(dict(zip(ours.state_dict(), weights)))  # in the same order, under other names
+    x, c = torch.randn(2, 7, 32), torch.randn(2, 32)
+    torch.testing.assert_close(ours(x, c), theirs(x, c))
+    assert torch.equal(motion_diffusion.sincos_positions(3, 5, 32), sincos_positions(3, 5, 32))
+    t = torch.tensor([0, 1, 500, 999])
+    assert torch.equal(motion_diffusion.timestep_embedding(t), content_diffusion.timestep_embedding(t, 256))
+    assert motion_diffusion.SIZES == DIT_SIZES
+
+
 @pytest.mark.parametrize("frames, columns", [(1, 10), (2, 7), (5, 10), (24, 32)])
 def test_the_motion_model_takes_any_grid(frames, columns):
-    model = wake(small_motion(frames=frames, columns=columns))
+    model = randomised(small_motion(frames=frames, columns=columns))
     motion = torch.randn(2, 3, frames, columns)
     content = torch.randn(2, 3, 8, 12)
     out = model(motion, torch.tensor([3, 900]), content, torch.tensor([0, 5]))
@@ -161,13 +187,13 @@ def test_the_motion_model_takes_any_grid(frames, columns):
 
 
 def test_every_input_of_the_motion_model_matters():
-    model = wake(small_motion())
+    model = randomised(small_motion())
     motion, content, t, c = torch.randn(1, 3, 5, 10), torch.randn(1, 3, 8, 12), torch.tensor([3]), torch.tensor([0])
     out = model(motion, t, content, c)
     for other in (model(motion + 1, t, content, c), model(motion, t + 1, content, c), model(motion, t, content + 1, c),
                   model(motion, t, content, c + 1)):
         assert (other - out).abs().max() > 1e-4
-    with_text = wake(small_motion(text=6))
+    with_text = randomised(small_motion(text=6))
     features = torch.randn(1, 6)
     assert (with_text(motion, t, content, features) - with_text(motion, t, content, -features)).abs().max() > 1e-4
 

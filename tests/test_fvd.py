@@ -573,11 +573,11 @@ def test_mistakes_cost_one_line(folders, tiny, tmp_path, capsys):
             fid(capsys, *argv)
         assert "\n" not in str(caught.value)
     for argv, message in (
-        ([real, fake, "--i3d", tmp_path / "none.pt"], f"fvd.py: {tmp_path / 'none.pt'}: No such file"),
-        ([real, fake, "--num", "0"], "fvd.py: argument -n/--num"),
+        ([real, fake, "--i3d", tmp_path / "none.pt"], "No such file.*none.pt|none.pt.*No such file"),
+        ([real, fake, "--num", "0"], "argument -n/--num"),
     ):
         done = process(*argv)
-        assert done.returncode in (1, 2) and done.stderr.startswith(message), done.stderr
+        assert done.returncode in (1, 2) and re.match(f"fvd.py: .*({message})", done.stderr), done.stderr
         assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 

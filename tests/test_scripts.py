@@ -2,9 +2,8 @@
 costs the user one clear line."""
 
 import csv
-import json
+import importlib
 import os
-import shutil
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from torch.distributed.run import get_args_parser
 
 from autoencoder import load_autoencoder
 from data import EncodedClips, MovingShapes, read_clip, write_video
@@ -29,7 +29,7 @@ def shapes_run(script, tmp_path_factory):
     for command in (["autoencoder.py", *TINY], ["content_diffusion.py", *TINY_DIFFUSION],
                     ["motion_diffusion.py", *TINY_DIFFUSION],
                     "sample.py --num 3 --steps 3 --motion-steps 3 --batch-size 2".split()):
-        done = script(*command, "--run", folder)
+        done = script(*command, "--run-dir", folder)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -48,7 +48,7 @@ def video_folder(tmp_path_factory):
 
 def test_the_run_folder_holds_what_the_design_says(shapes_run):
     for name in ("autoencoder.pt", "content.pt", "motion.pt", "autoencoder.csv", "content.csv", "motion.csv",
-                 "encodings/index.json", "previews/autoencoder-000004.png", "previews/content-000004.png",
+                 "encodings/shard-00000.safetensors", "previews/autoencoder-000004.png", "previews/content-000004.png",
                  "previews/motion-000004.png", "samples/samples.gif", "samples/samples.png", "samples/00002.mp4"):
         assert os.path.getsize(os.path.join(shapes_run, name)) > 0, name
     with open(os.path.join(shapes_run, "content.csv")) as file:
@@ -84,8 +84,8 @@ def clips_in(folder):
 
 def test_a_seed_gives_the_same_clips_whatever_the_batch_size(script, shapes_run, tmp_path):
     for out, size, seed in (("a", 3, 0), ("b", 1, 0), ("c", 3, 1)):
-        done = script("sample.py", "--run", shapes_run, "--num", 3, "--steps", 3, "--motion-steps", 3, "--batch-size",
-                      size, "--seed", seed, "--eta", 0.5, "--out", tmp_path / out)
+        done = script("sample.py", "--run-dir", shapes_run, "--num", 3, "--steps", 3, "--motion-steps", 3,
+                      "--batch-size", size, "--seed", seed, "--eta", 0.5, "--out", tmp_path / out)
         assert done.returncode == 0, done.stderr
     a, b, c = (clips_in(tmp_path / out).astype(int) for out in "abc")
     assert abs(a - b).max() <= 2  # rounding, and the video codec's answer to it
@@ -93,9 +93,9 @@ def test_a_seed_gives_the_same_clips_whatever_the_batch_size(script, shapes_run,
 
 
 def test_ranks_share_the_sampling(script, shapes_run, tmp_path):
-    flags = ["--run", shapes_run, "--num", 5, "--steps", 2, "--motion-steps", 2, "--batch-size", 2]
+    flags = ["--run-dir", shapes_run, "-n", 5, "--steps", 2, "--motion-steps", 2, "--batch-size", 2]
     one = script("sample.py", *flags, "--out", tmp_path / "one")
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                           os.path.join(ROOT, "sample.py"), *map(str, flags), "--out", tmp_path / "two"],
                          capture_output=True, text=True, timeout=200)
     assert one.returncode == two.returncode == 0, two.stderr
@@ -106,7 +106,8 @@ def test_ranks_share_the_sampling(script, shapes_run, tmp_path):
 
 def test_real_clips_through_a_part_of_the_model(script, shapes_run, tmp_path):
     for flag in ("--reconstruct", "--predict-motion"):
-        done = script("sample.py", "--run", shapes_run, flag, "--num", 3, "--motion-steps", 2, "--out", tmp_path / flag)
+        done = script("sample.py", "--run-dir", shapes_run, flag, "--num", 3, "--motion-steps", 2,
+                      "--out", tmp_path / flag)
         assert done.returncode == 0, done.stderr
         real = clips_in(tmp_path / flag / "real")
         assert real.shape == clips_in(tmp_path / flag / "fake").shape == (3, 6, 16, 16, 3)
@@ -118,16 +119,16 @@ def test_a_folder_of_videos_goes_through_all_four_scripts(script, video_folder, 
     run = tmp_path / "run"
     sizes = ["--size", 40, 64, "--frames", 9, "--patch", 4, "--content-patch", 8]
     done = script("autoencoder.py", "--preset", "ucf101", "--data", video_folder, *TINY, *sizes[:7], "--clips", 0,
-                  "--clips-per-video", 2, "--workers", 1, "--run", run)
+                  "--clips-per-video", 2, "--workers", 1, "--run-dir", run)
     assert done.returncode == 0, done.stderr
     assert "broken.mp4" in done.stderr + done.stdout
-    with open(run / "encodings" / "index.json") as file:
-        index = json.load(file)
-    assert index["classes"] == ["class0", "class1"] and index["motion"] == [8, 9, 10 + 16]
+    clips = EncodedClips(run)
+    assert clips.classes == ["class0", "class1"] and clips.motion_shape == (8, 9, 10 + 16)
+    assert len(clips) == 14  # of nine files, one is kept out of training and one is broken
     for stage, patch in (("content_diffusion.py", ["--patch", 8]), ("motion_diffusion.py", sizes[7:])):
-        done = script(stage, "--run", run, "--model", "mini", *patch, *TINY_DIFFUSION, "--workers", 0)
+        done = script(stage, "--run-dir", run, "--model", "mini", *patch, *TINY_DIFFUSION, "--workers", 0)
         assert done.returncode == 0, done.stderr
-    done = script("sample.py", "--run", run, "--label", "class1", "--num", 2, "--steps", 2, "--motion-steps", 2,
+    done = script("sample.py", "--run-dir", run, "--label", "class1", "--num", 2, "--steps", 2, "--motion-steps", 2,
                   "--sampler", "dpm++", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert read_clip(str(tmp_path / "out" / "00001.mp4"), 9).shape == (9, 40, 64, 3)
@@ -137,7 +138,7 @@ def test_a_folder_of_videos_goes_through_all_four_scripts(script, video_folder, 
 @pytest.mark.parametrize("flags", [["--content", "mean"], ["--content", "frame"], ["--motion-channels", "16"],
                                    ["--no-smooth", "--loss", "l1"], ["--accumulate", "2", "--checkpointing"]])
 def test_each_ablation_is_a_flag(script, tmp_path, flags):
-    done = script("autoencoder.py", *TINY, "--run", tmp_path / "run", *flags)
+    done = script("autoencoder.py", *TINY, "--run-dir", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     assert "encoded 40 clips" in done.stdout
 
@@ -146,8 +147,12 @@ def test_bfloat16_is_nearly_float32(script, shapes_run, tmp_path):
     losses = []
     for dtype in ("float32", "bfloat16"):
         for stage in ("content", "motion"):
-            done = script(f"{stage}_diffusion.py", "--run", tmp_path / dtype, "--encodings", shapes_run, "--model",
-                          "mini", *TINY_DIFFUSION, "--workers", 0, "--dtype", dtype)
+            os.makedirs(tmp_path / dtype, exist_ok=True)
+            for name in ("autoencoder.pt", "encodings"):  # one set of encodings serves many runs
+                if not (tmp_path / dtype / name).exists():
+                    os.symlink(os.path.join(shapes_run, name), tmp_path / dtype / name)
+            done = script(f"{stage}_diffusion.py", "--run-dir", tmp_path / dtype, "--model", "mini", *TINY_DIFFUSION,
+                          "--workers", 0, "--dtype", dtype)
             assert done.returncode == 0, done.stderr
             with open(tmp_path / dtype / f"{stage}.csv") as file:
                 losses.append([float(row["loss"]) for row in csv.DictReader(file)])
@@ -160,63 +165,63 @@ MISTAKES = [  # command, words of the one line
     ("autoencoder.py --preset ucf101", "needs --data"),
     ("autoencoder.py --size 18", "divisible by 4"),
     ("autoencoder.py --data {empty}", "no "),
-    ("autoencoder.py --data {videos} --frames 31", "31"),
+    ("autoencoder.py --data {videos} --frames 31 --steps 2", "20 videos in a row cannot be used; the last is"),
     ("autoencoder.py --batch-size 0", "--batch-size"),
-    ("autoencoder.py --shard-size 0", "--shard-size: 0 is not a whole number of 1 or more"),
-    ("autoencoder.py --lr nan", "--lr: nan is not a number of 0 or more"),
-    ("autoencoder.py --seed -1", "--seed: -1 is not"),
-    ("content_diffusion.py --preview-every 0", "--preview-every: 0 is not a whole number of 1 or more"),
-    ("motion_diffusion.py --drop 2", "--drop: 2 is not a number from 0 to 1"),
-    ("autoencoder.py --steeps 3", "did you mean --steps?"),
+    ("autoencoder.py --shard-size 0", "--shard-size: 0 must be a whole number from 1"),
+    ("autoencoder.py --lr nan", "--lr: nan must be a number from 0"),
+    ("autoencoder.py --seed -1", "--seed: -1 must be a whole number from 0"),
+    ("content_diffusion.py --preview-every 0", "--preview-every: 0 must be a whole number from 1"),
+    ("motion_diffusion.py --drop 2", "--drop: 2 must be a number from 0 to 1"),
+    ("autoencoder.py --steeps 3", "unrecognized arguments: --steeps 3"),
     ("autoencoder.py --preset nonsense", "invalid choice"),
-    ("autoencoder.py --run {run}", "exists: --resume goes on"),
-    ("autoencoder.py --run {run} --resume --width 32", "trained with width 16, not 32"),
-    ("autoencoder.py --encode --run {empty}", "no {empty}/autoencoder.pt"),
-    ("content_diffusion.py --run {empty}", "no encodings in {empty}"),
-    ("content_diffusion.py --run {run}", "exists: --resume goes on"),
-    ("content_diffusion.py --run {run} --preset ucf101 --resume", "trained with --preset shapes, not ucf101"),
-    ("content_diffusion.py --run {other} --dit DiT-XL-2-256x256.pt --model sd", "--dit for the other models"),
-    ("motion_diffusion.py --run {empty}", "no encodings in {empty}"),
-    ("motion_diffusion.py --run {other} --content-patch 5", "patches of 5"),
-    ("motion_diffusion.py --encodings {empty}", "--encodings {empty} has no autoencoder.pt"),
-    ("content_diffusion.py --run {other} --encodings {theirs}", "{other}/autoencoder.pt exists"),
-    ("sample.py --run {empty}", "no {empty}/autoencoder.pt"),
-    ("sample.py --run {swapped}", "was written by content_diffusion.py, not by motion_diffusion.py"),
-    ("sample.py --run {run} --label hexagon", "--label hexagon is none of the 12 classes: circle moving left"),
-    ("sample.py --run {run} --prompt hello", "conditioned on classes"),
-    ("sample.py --run {run} --out {run}", "not an empty folder"),
-    ("sample.py --run {run} --image {run}/motion.csv", "cannot be read as a picture"),
-    ("sample.py --run {run} --steps 0", "0 is not a whole number from 1 to 1000"),
-    ("sample.py --run {run} --guidance nan", "nan is not a number of 0 or more"),
-    ("sample.py --run {run} --fps 0", "0 is not a whole number of 1 or more"),
-    ("sample.py --run {run} --sampler dpm++ --eta 0.5", "deterministic"),
-    ("sample.py --run {run} --reconstruct --label square", "take real clips: drop --label"),
-    ("sample.py --run {run} --reconstruct --predict-motion", "give one of them"),
-    ("sample.py --run {run} --out {run}/motion.csv/out", "{run}/motion.csv/out: Not a directory"),
-    ("sample.py --run {run} --prompts /nowhere", "/nowhere"),
+    ("autoencoder.py --run-dir {run}", "exists: --resume goes on"),
+    ("autoencoder.py --run-dir {run} --resume --width 32", "trained with --width 16, not 32"),
+    ("autoencoder.py --encode --run-dir {empty}", "no {empty}/autoencoder.pt"),
+    ("content_diffusion.py --run-dir {empty}", "no {empty}/autoencoder.pt"),
+    ("content_diffusion.py --run-dir {run}", "exists: --resume goes on"),
+    ("content_diffusion.py --run-dir {run} --preset ucf101 --resume", "trained with --preset shapes, not ucf101"),
+    ("content_diffusion.py --run-dir {other} --dit DiT-XL-2-256x256.pt --model sd", "--dit for the other models"),
+    ("motion_diffusion.py --run-dir {empty}", "no {empty}/autoencoder.pt"),
+    ("motion_diffusion.py --run-dir {other} --content-patch 5", "patches of 5"),
+    ("motion_diffusion.py --run-dir {bare}", "{bare} has no complete encodings"),
+    ("sample.py --run-dir {empty}", "no {empty}/autoencoder.pt"),
+    ("sample.py --run-dir {swapped}", "was written by content_diffusion.py, not by motion_diffusion.py"),
+    ("sample.py --run-dir {run} --label hexagon", "--label hexagon is not one of the 12 classes: circle moving left"),
+    ("sample.py --run-dir {run} --prompt hello", "conditioned on classes"),
+    ("sample.py --run-dir {run} --out {run}", "not an empty folder"),
+    ("sample.py --run-dir {run} --image {run}/motion.csv", "cannot be read as a picture"),
+    ("sample.py --run-dir {run} --steps 0", "--steps: 0 must be a whole number from 1"),
+    ("sample.py --run-dir {run} --guidance nan", "nan must be a number from 0"),
+    ("sample.py --run-dir {run} --steps 1001", "--steps and --motion-steps are at most 1000"),
+    ("sample.py --run-dir {run} --fps 0", "0 must be a whole number from 1"),
+    ("sample.py --run-dir {run} --sampler dpm++ --eta 0.5", "deterministic"),
+    ("sample.py --run-dir {run} --reconstruct --label square", "--label does not go with real clips: drop it"),
+    ("sample.py --run-dir {run} --reconstruct --predict-motion", "give one of the two"),
+    ("sample.py --run-dir {run} --out {run}/motion.csv/out", "Not a directory: '{run}/motion.csv/out'"),
 ]
 
 
 @pytest.fixture(scope="module")
 def places(shapes_run, video_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("places")
-    for name in ("empty", "swapped", "other"):
+    for name in ("empty", "swapped", "other", "bare"):
         os.makedirs(root / name)
     for name in ("autoencoder.pt", "content.pt"):
         os.symlink(os.path.join(shapes_run, name), root / "swapped" / name)
     os.symlink(os.path.join(shapes_run, "content.pt"), root / "swapped" / "motion.pt")
     for name in ("autoencoder.pt", "encodings"):
         os.symlink(os.path.join(shapes_run, name), root / "other" / name)
-    shutil.copytree(shapes_run, root / "theirs")
+    state = torch.load(os.path.join(shapes_run, "autoencoder.pt"), weights_only=True)
+    torch.save(state | dict(encodings=None), root / "bare" / "autoencoder.pt")
     return dict(run=shapes_run, videos=video_folder,
-                **{name: root / name for name in ("empty", "swapped", "other", "theirs")})
+                **{name: root / name for name in ("empty", "swapped", "other", "bare")})
 
 
 @pytest.mark.parametrize("command, words", MISTAKES)
 def test_a_mistake_costs_one_clear_line(script, places, tmp_path, command, words):
     arguments = command.format(**places).split()
-    if "--run" not in arguments:
-        arguments += ["--run", str(tmp_path / "new")]
+    if "--run-dir" not in arguments:
+        arguments += ["--run-dir", str(tmp_path / "new")]
     done = script(*arguments)
     assert done.returncode in (1, 2)
     lines = done.stderr.strip().splitlines()
@@ -229,8 +234,19 @@ def test_a_mistake_costs_one_clear_line(script, places, tmp_path, command, words
 def test_help_is_grouped_and_names_the_flags_that_must_hold(script, name):
     done = script(f"{name}.py", "--help")
     assert done.returncode == 0
-    training = "--preset --data --run --steps --batch-size --lr --seed --resume --compile --workers"
-    flags = {"sample": "--run --label --prompt --prompts --num --guidance --steps --motion-steps --seed --out --image",
-             "fvd": "--i3d --num --frames"}.get(name, training)
+    training = "--preset --data --run-dir --steps --batch-size --lr --seed --resume --compile --workers"
+    flags = {"sample": "--run-dir --label --prompt --prompts --num --guidance --steps --motion-steps --seed --out "
+                       "--image", "fvd": "--i3d --num --frames"}.get(name, training)
     for flag in flags.split():
         assert flag in done.stdout
+    assert "(default: None)" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "content_diffusion", "motion_diffusion", "sample", "fvd"])
+def test_torchrun_takes_no_flag_of_ours_for_its_own(name):
+    """Python's argparse looks for torchrun's flags behind the script's name too, and takes a prefix for the whole."""
+    theirs = [flag for action in get_args_parser()._actions for flag in action.option_strings]
+    for action in importlib.import_module(name).flags()._actions:
+        taken = [own for own in action.option_strings if own != "-h" and any(
+            other.startswith(own) and (own.startswith("--") or other == own) for other in theirs)]
+        assert len(taken) < len(action.option_strings) or taken in ([], ["--help"]), f"{name}.py {taken}"

@@ -3,12 +3,15 @@
 safely."""
 
 import os
+import pathlib
 import pickle
+import re
 import struct
 import sys
 import types
 import warnings
-from collections import OrderedDict
+import zipfile
+from collections import Counter, OrderedDict
 
 import pytest
 import torch
@@ -39,7 +42,7 @@ UNETS = {"1.5": dict(width=32, context=64), "2.1": dict(width=64, context=128, h
 
 
 def randomised(module, seed=0):
-    """Every parameter away from its special starting value (norms of 1 and 0 hide mistakes)."""
+    """Every parameter moved away from its initial value: norms of 1 and 0 would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -130,8 +133,6 @@ def test_image_autoencoder_equals_diffusers_in_any_chunks():
         assert close(ours.encode(images, chunk=2), 0.18215 * reference.encode(images).latent_dist.mean)
         assert close(ours.decode(latents, chunk=2), reference.decode(latents / 0.18215).sample)
         assert torch.allclose(ours.decode(latents, chunk=1), ours.decode(latents, chunk=3), atol=1e-5)
-    with pytest.raises(InputError, match="30x48.*multiples of 8"):
-        ours.encode(torch.zeros(1, 3, 30, 48))
 
 
 def test_image_autoencoder_takes_chunks_one_after_another():
@@ -143,7 +144,7 @@ def test_image_autoencoder_takes_chunks_one_after_another():
 
 
 def test_no_part_holds_a_whole_attention_matrix():
-    """8192 places squared, at 512x1024: only the fused kernels may serve, and they are picky about strides."""
+    """It would be 8192 x 8192 at 512x1024. Only the fused kernels avoid it, and they require certain strides."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     image, unet, text = ImageAutoencoder(channels=32), UNet(**UNETS["1.5"]), TextEncoder(64, 1, 1)
     with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it cannot
@@ -235,7 +236,7 @@ def test_full_size_unet_has_the_real_file_s_tensors_and_cost(sizes, parameters):
     for name in ("input_blocks.1.1.transformer_blocks.0.attn2.to_out.0.bias", "input_blocks.3.0.op.weight",
                  "output_blocks.2.1.conv.weight", "output_blocks.5.2.conv.weight", "middle_block.1.norm.weight",
                  "input_blocks.4.0.skip_connection.weight", "output_blocks.11.1.transformer_blocks.0.ff.net.2.bias"):
-        assert name in state  # a few of the real names, by heart, so that a bent converter cannot fool us
+        assert name in state  # a few of the real names, by heart, in case the converter is wrong in the same way
     assert count_macs(unet, *inputs) == pytest.approx(0.339e12, rel=0.02)  # tables 8 and 9; both versions match
 
 
@@ -273,7 +274,7 @@ def test_full_size_text_encoders_have_the_real_files_tensors():
 
 @pytest.fixture(scope="module")
 def states():
-    """Small files of both versions with every part that the real ones have."""
+    """Small files of both versions, with every part that the real ones have."""
     both = {}
     for version, sizes in UNETS.items():
         text = transformers.CLIPTextModel(clip_config(64, 2, 1)) if version == "1.5" else openclip_text(128, 3, 2)
@@ -325,7 +326,7 @@ def test_image_autoencoder_loads_from_full_and_bare_files_also_with_linear_atten
     torch.save({"state_dict": prefixed(prefix, state) | extra}, tmp_path / "vae.ckpt")
     loaded = load_image_autoencoder(tmp_path / "vae.ckpt")
     images = torch.randn(1, 3, 16, 16)
-    assert torch.equal(loaded.encode(images), model.encode(images)) and not next(loaded.parameters()).requires_grad
+    assert close(loaded.encode(images), model.encode(images)) and not next(loaded.parameters()).requires_grad
 
 
 def changed(state, drop=(), add=None):
@@ -335,22 +336,19 @@ def changed(state, drop=(), add=None):
 U, C = "model.diffusion_model.", "cond_stage_model."
 WRONG_FILES = {
     "inpainting": (lambda s: changed(s, add={U + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}),
-                   "this is the inpainting U-Net: 9 input channels"),
+                   "this U-Net has 9 input channels"),
     "no text encoder": (lambda s: changed(s, drop=[C]), "this file has no text encoder"),
-    "missing tensor": (lambda s: changed(s, drop=[U + "out.2.bias"]), r"1 tensors missing \(out\.2\.bias\)"),
-    "extra tensor": (lambda s: changed(s, add={U + "pet.weight": torch.zeros(2)}), r"not part of it \(pet\.weight\)"),
+    "missing tensor": (lambda s: changed(s, drop=[U + "out.2.bias"]), r'U-Net: .*Missing.*"out\.2\.bias"'),
+    "extra tensor": (lambda s: changed(s, add={U + "pet.bias": torch.zeros(2)}), r'U-Net: .*Unexpected.*"pet\.bias"'),
     "misshaped tensor": (lambda s: changed(s, add={U + "out.2.bias": torch.zeros(7)}),
-                         r"another shape \(out\.2\.bias \(7,\) instead of \(4,\)"),
+                         r"U-Net: .*size mismatch for out\.2\.bias.*\[7\].*\[4\]"),
     "misshaped text": (lambda s: changed(s, add={C + "transformer.text_model.final_layer_norm.bias": torch.zeros(7)}),
-                       r"text encoder: 1 tensors of another shape \(final_layer_norm.bias"),
+                       r"text encoder: .*size mismatch for final_layer_norm\.bias"),
     "SDXL": (lambda s: changed(s, drop=[C], add={"conditioner.embedders.0.a": torch.zeros(1),
                                                  U + "label_emb.0.0.weight": torch.zeros(1)}), "SDXL"),
-    "diffusers": (lambda s: {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, "diffusers' format"),
-    "LoRA": (lambda s: {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(1)}, "a LoRA"),
-    "ControlNet": (lambda s: {"control_model.zero_convs.0.0.weight": torch.zeros(1)}, "a ControlNet"),
-    "only the autoencoder": (lambda s: changed(s, drop=[U, C]), "image autoencoder"),
-    "a DiT": (lambda s: {"y_embedder.embedding_table.weight": torch.zeros(1)}, "a DiT"),
-    "v tensor": (lambda s: changed(s, add={"v_pred": torch.zeros(1)}), "768 v-prediction model"),
+    "LoRA": (lambda s: {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(1)},
+             "is not a Stable Diffusion 1.5 or 2.1 file: it holds 1 tensors, the first named lora_unet_down_blocks_0"),
+    "only the autoencoder": (lambda s: changed(s, drop=[U, C]), "first_stage_model.encoder.conv_in.weight"),
 }
 
 
@@ -361,22 +359,6 @@ def test_a_wrong_file_s_error_says_what_the_file_is(states, tmp_path, kind):
     with pytest.raises(InputError, match=message) as caught:
         load_stable_diffusion(tmp_path / "sd.ckpt")
     assert "\n" not in str(caught.value)
-
-
-def test_the_v_prediction_model_is_refused_when_the_file_says_so(states, tmp_path, monkeypatch):
-    import content_diffusion
-    hyper = {"state_dict": states["2.1"], "hyper_parameters": {"model": {"parameterization": "v"}}}
-    torch.save(hyper, tmp_path / "a.ckpt")
-    save_file(states["2.1"], tmp_path / "b.safetensors", {"modelspec.prediction_type": "v"})
-    save_file(states["2.1"], tmp_path / "v2-1_768-ema-pruned.safetensors")
-    for name, why in (("a.ckpt", "parameterization = v"), ("b.safetensors", "prediction_type = v"),
-                      ("v2-1_768-ema-pruned.safetensors", "its name has 768")):
-        with pytest.raises(InputError, match=f"v-prediction model.*{why}"):
-            load_stable_diffusion(tmp_path / name)
-    monkeypatch.setattr(content_diffusion, "noise_agreement", lambda unet, encoder: 0.99)
-    with warnings.catch_warnings():  # a model that does predict the noise may have 768 in its name
-        warnings.simplefilter("error")
-        load_stable_diffusion(tmp_path / "v2-1_768-ema-pruned.safetensors")
 
 
 def test_noise_agreement_tells_a_model_that_returns_its_input(states):
@@ -404,7 +386,7 @@ def tensors():
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"state_dict": t}, lambda t: {"model": t, "step": 1},
-                                  lambda t: {"ema": t, "model": {"a": torch.zeros(1)}, "args": types.SimpleNamespace()},
+                                  lambda t: {"ema": t, "model": {"a": torch.zeros(1)}, "args": [1.5, None, "x", {2}]},
                                   lambda t: {"module": OrderedDict(("module." + k, v) for k, v in t.items())}])
 def test_every_tensor_comes_back_as_it_was(tensors, tmp_path, new, wrap):
     torch.save(wrap(tensors), tmp_path / "x.anything", _use_new_zipfile_serialization=new)
@@ -414,38 +396,57 @@ def test_every_tensor_comes_back_as_it_was(tensors, tmp_path, new, wrap):
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) and not read[name].requires_grad
 
 
-def test_safetensors_are_told_by_content_and_give_their_metadata(tmp_path):
+def test_safetensors_are_recognised_by_content(tmp_path):
     save_file({"a": torch.ones(2, 3).half()}, tmp_path / "x.ckpt", {"who": "me"})
-    hints = {}
-    assert torch.equal(read_checkpoint(tmp_path / "x.ckpt", hints)["a"], torch.ones(2, 3).half())
-    assert hints == {"who": "me"}
+    assert torch.equal(read_checkpoint(tmp_path / "x.ckpt")["a"], torch.ones(2, 3).half())
 
 
-@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-def test_objects_of_unknown_classes_are_read_as_inert(tmp_path, new):
+@pytest.fixture
+def lightning_file(tmp_path):
+    """lightning_file(new format?) writes a checkpoint with objects of a module that no longer exists, and returns its
+    path."""
+    import numpy as np
+
     module = types.ModuleType("lightning_fake")
     exec("class ModelCheckpoint:\n    def __init__(self, best=None): self.best = best\n"
-         "class Config(dict):\n    def __reduce__(self): return Config, (), {'x': 1}, None, iter(self.items())\n"
+         "class Config(dict):\n    pass\n"
          "class Stack(list):\n    pass\n"
-         "def build(*args): raise AssertionError('code of the file ran')\n"
+         "class Slots:\n    __slots__ = ['a']\n"
+         "def build(*args): raise AssertionError('code of the file was executed')\n"
          "class Built:\n    def __reduce__(self): return build, (1, 2), {'state': 3}\n", module.__dict__)
-    for name in ("ModelCheckpoint", "Config", "Stack", "build", "Built"):
+    for name in ("ModelCheckpoint", "Config", "Stack", "Slots", "build", "Built"):
         module.__dict__[name].__module__ = module.__name__
-    sys.modules[module.__name__] = module
-    import numpy as np
-    state = {"state_dict": {"w": torch.ones(2)}, "built": module.Built(),
-             "callbacks": {module.ModelCheckpoint: {"best": module.ModelCheckpoint(1)}},
-             "hyper_parameters": module.Config(parameterization="v", list=module.Stack([1, 2])),
-             "score": np.float64(3.0), "array": np.arange(3), "sets": {1, 2}, "device": torch.device("cpu"),
-             "dtype": torch.float16, "optimizer": torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])}
-    try:
-        torch.save(state, tmp_path / "x.ckpt", _use_new_zipfile_serialization=new)
-    finally:
-        del sys.modules[module.__name__]
-    hints = {}
-    read = read_checkpoint(tmp_path / "x.ckpt", hints)
-    assert list(read) == ["w"] and torch.equal(read["w"], torch.ones(2))
-    assert hints["hyper_parameters.parameterization"] == "v" and module.__name__ not in sys.modules
+    config, stack, slots = module.Config(parameterization="v", lr=[1, 2]), module.Stack([1, 2]), module.Slots()
+    config.note = stack.note = slots.a = "an attribute"
+    state = {"state_dict": {"w": torch.ones(2)}, "built": module.Built(), "slots": slots, "list": stack,
+             "one": module.Config(x=1), "append": module.Stack([1]),
+             "callbacks": {module.ModelCheckpoint: {"best": module.ModelCheckpoint(1)}, module.Config: 2},
+             "keys": {module.ModelCheckpoint(2): 1, module.ModelCheckpoint(3): 2}, "hyper_parameters": config,
+             "score": np.float64(3.0), "array": np.arange(3), "sets": [{1, 2}, frozenset("ab"), {module.Config}],
+             "counts": Counter("aab"), "namespace": types.SimpleNamespace(a=1), "path": pathlib.PurePosixPath("a/b"),
+             "device": torch.device("cpu"), "dtype": torch.float16,
+             "optimizer": torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])}
+
+    def write(new):
+        sys.modules[module.__name__] = module
+        try:
+            torch.save(state, tmp_path / "x.ckpt", _use_new_zipfile_serialization=new)
+        finally:
+            del sys.modules[module.__name__]
+        return tmp_path / "x.ckpt"
+
+    return write
+
+
+def test_objects_of_unknown_classes_are_read_as_inert(lightning_file):
+    read = read_checkpoint(lightning_file(new=True))
+    assert list(read) == ["w"] and torch.equal(read["w"], torch.ones(2)) and "lightning_fake" not in sys.modules
+
+
+def test_in_the_old_format_they_are_refused_in_one_line(lightning_file):
+    with pytest.raises(InputError, match="Unsupported global: GLOBAL lightning_fake") as caught:
+        read_checkpoint(lightning_file(new=False))
+    assert "\n" not in str(caught.value)
 
 
 class Attack:
@@ -473,26 +474,28 @@ def attacks(target):
             "pickle.loads": Attack(pickle.loads, b"N.")}
 
 
-@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def refused(path, words):
+    with pytest.raises(InputError, match=words) as caught:
+        read_checkpoint(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", attacks("x"))
-def test_a_file_that_tries_to_run_code_is_refused_by_name_and_nothing_runs(tmp_path, name, new):
-    target = tmp_path / "owned"
-    torch.save({"state_dict": {"w": torch.ones(2)}, "x": attacks(target)[name]}, tmp_path / "x.ckpt",
-               _use_new_zipfile_serialization=new)
-    with pytest.raises(InputError, match=f"refused.*{name}"):
-        read_checkpoint(tmp_path / "x.ckpt")
-    (tmp_path / "bare.pkl").write_bytes(pickle.dumps(attacks(target)[name]))
-    with pytest.raises(InputError, match=f"refused.*{name}"):
-        read_checkpoint(tmp_path / "bare.pkl")
+def test_a_file_that_tries_to_run_code_is_refused_in_one_line_and_nothing_runs(tmp_path, name):
+    target, path, function = tmp_path / "owned", tmp_path / "x.ckpt", name.split(".")[-1]
+    for attack in attacks(target)[name], {attacks(target)[name]: 1}:
+        torch.save({"state_dict": {"w": torch.ones(2)}, "x": attack}, path)
+        refused(path, f"is refused: .*{function}")
+        torch.save({"state_dict": {"w": torch.ones(2)}, "x": attack}, path, _use_new_zipfile_serialization=False)
+        refused(path, f"is damaged, or not a file of weights.*{function}")
+        path.write_bytes(pickle.dumps(attack))
+        refused(path, "is damaged, or not a file of weights")
     assert not target.exists() and "antigravity" not in sys.modules
 
 
-def test_a_function_that_no_list_names_is_not_called_either(tmp_path):
-    import linecache
-    import logging
+def test_a_function_that_is_not_python_s_own_is_not_called_either(tmp_path):
     target = tmp_path / "owned"
-    calls = (Attack(logging.FileHandler, str(target)), Attack(torch.save, 1, str(target)),
-             Attack(linecache.getline, str(target), 1), Attack(torch.hub.load, "a/b", "c"))
+    calls = Attack(torch.save, 1, str(target)), Attack(torch.hub.load, "a/b", "c"), Attack(save_file, {}, str(target))
     torch.save({"w": torch.ones(2), "x": calls}, tmp_path / "x.ckpt")
     assert list(read_checkpoint(tmp_path / "x.ckpt")) == ["w"] and not target.exists()
 
@@ -501,8 +504,7 @@ def test_torchscript_is_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "x.pt")
-    with pytest.raises(InputError, match="TorchScript program"):
-        read_checkpoint(tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "torchscript checkpoint")
 
 
 def broken_files(folder):
@@ -510,24 +512,21 @@ def broken_files(folder):
     save_file(weights, folder / "good.safetensors")
     torch.save(weights, folder / "good.ckpt")
     torch.save(weights, folder / "old.ckpt", _use_new_zipfile_serialization=False)
-    files = {"web page": b"\n<!DOCTYPE html><html>...", "is empty": b"",
-             "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid",
-             "neither .safetensors nor": b"GIF89a........................",
-             "not one that PyTorch wrote": pickle.dumps({"a": 1})}
-    for i, (message, content) in enumerate(files.items()):
-        (folder / f"{i}.ckpt").write_bytes(content)
-        yield f"{i}.ckpt", message
+    damaged = "is damaged, or not a file of weights: it starts with "
+    files = {"page": b"\n<!DOCTYPE html><html>...", "empty": b"", "pickle": pickle.dumps({"a": 1}),
+             "pointer": b"version https://git-lfs.github.com/spec/v1\noid", "gif": b"GIF89a........................",
+             "length.safetensors": struct.pack("<Q", 10**15) + b'{"a": 1}'}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+        yield name, damaged + re.escape(str(content[:16]))
     for name in ("good.safetensors", "good.ckpt", "old.ckpt"):
         content = (folder / name).read_bytes()
         for part in (0.1, 0.5, 0.98):
             (folder / f"{part}{name}").write_bytes(content[:int(part * len(content))])
-            yield f"{part}{name}", "cut short or damaged"
-    (folder / "length.safetensors").write_bytes(struct.pack("<Q", 10**15) + b'{"a": 1}')
-    yield "length.safetensors", "cut short or damaged"
-    import zipfile
+            yield f"{part}{name}", damaged
     with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
         archive.writestr("photo.txt", "hello")
-    yield "photos.zip", "zip archive of something else"
+    yield "photos.zip", damaged
     torch.save([1, 2], folder / "list.pt")
     yield "list.pt", "holds no tensors"
     (folder / "folder.ckpt").mkdir()
@@ -536,20 +535,18 @@ def broken_files(folder):
 
 
 def test_each_broken_file_is_one_clear_line(tmp_path):
-    for name, message in broken_files(tmp_path):
-        with pytest.raises(InputError, match=message) as caught:
-            read_checkpoint(tmp_path / name)
-        assert name in str(caught.value) and "\n" not in str(caught.value)
+    for name, words in broken_files(tmp_path):
+        refused(tmp_path / name, words)
 
 
-def test_load_weights_casts_names_faults_and_fills_meta_modules_with_copies():
+def test_load_weights_casts_and_copies_into_meta_modules_and_names_what_does_not_fit():
     with torch.device("meta"):
         layer = torch.nn.Linear(2, 3)
     weights = {"weight": torch.randn(3, 2), "bias": torch.randn(3).half()}
     load_weights(layer, weights, "x")
     assert layer.bias.dtype == torch.float32 and layer.weight.data_ptr() != weights["weight"].data_ptr()
     assert torch.equal(layer.weight, weights["weight"])
-    message = r"^x: 1 tensors missing \(bias\); 5 tensors not part of it \(a, b, c, d, \.\.\.\)$"
+    message = r'^x: Error.* Missing key.*"bias".* Unexpected key.*"a", "b", "c", "d", "e"'
     with pytest.raises(InputError, match=message):
         load_weights(layer, {"weight": torch.zeros(3, 2)} | {name: torch.zeros(1) for name in "abcde"}, "x")
 
@@ -576,40 +573,34 @@ def dit_file(tmp_path):
 def test_dit_loads_without_sigma_and_with_new_classes(dit_file):
     source, path = dit_file
     dit = DiT(channels=4, size=8, patch=2, classes=101, **SMALL)
-    notes = load_dit(path, dit)
+    before = dit.y_embedder.embedding_table.weight.clone()
+    assert load_dit(path, dit) == f"{path}: not used are its 1000 classes"
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([5, 900])
     with torch.no_grad():  # without a class both are the same function
         assert torch.allclose(dit(x, t, torch.tensor([101, 101])), source(x, t, torch.tensor([1000, 1000])), atol=1e-5)
-    assert len(notes) == 2 and "1000 classes left out, 101 start fresh" in notes[0] and "sigma" in notes[1]
+    assert torch.equal(dit.y_embedder.embedding_table.weight[:-1], before[:-1])
+    assert all(p.requires_grad for p in dit.parameters())
 
 
-def test_dit_adapts_to_another_grid_patch_and_channels_and_says_so(dit_file):
+def test_dit_adapts_to_another_grid_patch_and_channels(dit_file):
     source, path = dit_file
     wide = DiT(channels=4, size=(8, 16), patch=2, classes=3, **SMALL)
-    assert any("4x8 patches instead of 4x4" in note for note in load_dit(path, wide))
+    assert load_dit(path, wide) == f"{path}: not used are its 1000 classes"
     assert torch.equal(wide.pos_embed[0], sincos_positions(4, 8, 32))
-
-    finer = DiT(channels=4, size=16, patch=4, classes=3, **SMALL)
-    assert any(note.startswith("patch: 4 instead of 2") for note in load_dit(path, finer))
-    flat = torch.randn(1, 4, 1, 1)  # pictures of one colour: the same tokens, whatever the patch
-    with torch.no_grad():
-        ours = finer.x_embedder.proj(flat.expand(1, 4, 16, 16))
-        assert torch.allclose(ours, source.x_embedder.proj(flat.expand(1, 4, 8, 8)), atol=1e-5)
-    rows, old = finer.final_layer.linear.bias.view(4, 4, 4), source.final_layer.linear.bias.view(2, 2, 4)
-    assert torch.allclose(rows[[0, 0, 3, 3], [0, 3, 0, 3]], old.flatten(0, 1), atol=1e-6)  # corners stay in place
-
-    pixels = DiT(channels=3, size=8, patch=2, classes=3, **SMALL)
-    before = pixels.x_embedder.proj.weight.clone()
-    assert any(note.startswith("channels: 3 instead of 4") for note in load_dit(path, pixels))
-    assert torch.equal(pixels.x_embedder.proj.weight, before)
-    assert torch.equal(pixels.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+    for dit in (DiT(channels=4, size=16, patch=4, classes=3, **SMALL), DiT(channels=3, size=8, patch=2, **SMALL)):
+        before = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
+        assert load_dit(path, dit).endswith("its 1000 classes, its first and last layer (4 channels, patch 2)")
+        for name, tensor in dit.state_dict().items():
+            fresh = name.startswith(("x_embedder.", "final_layer.linear."))
+            if name != "y_embedder.embedding_table.weight":
+                assert torch.equal(tensor, before[name] if fresh else source.state_dict()[name]), name
 
 
 def test_another_width_depth_or_kind_of_file_is_an_error(dit_file, tmp_path):
-    with pytest.raises(InputError, match="DiT of width 32, and the model has 64"):
+    with pytest.raises(InputError, match=r"size mismatch.*\b32\b.*\b64\b"):
         load_dit(dit_file[1], DiT(channels=4, size=8, width=64, depth=2, heads=2))
-    with pytest.raises(InputError, match=r"not part of it \(blocks\.1"):
+    with pytest.raises(InputError, match=r"Unexpected key.*blocks\.1"):
         load_dit(dit_file[1], DiT(channels=4, size=8, width=32, depth=1, heads=2))
     torch.save({"lora_a": torch.zeros(1)}, tmp_path / "lora.pt")
-    with pytest.raises(InputError, match="is no DiT: it seems to be a LoRA"):
+    with pytest.raises(InputError, match="is not a DiT checkpoint: it holds 1 tensors, the first named lora_a"):
         load_dit(tmp_path / "lora.pt", DiT(channels=4, size=8, **SMALL))

@@ -7,7 +7,6 @@ adds the long ones.
 
 import csv
 import importlib
-import json
 import multiprocessing
 import os
 import random
@@ -20,13 +19,12 @@ import sys
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 import data
-from data import EncodedClips, InputError, batch_keys, load_checkpoint, save_checkpoint, write_shard
+from data import EncodedClips, InputError, batch_keys, load_checkpoint, open_shard, save_checkpoint, write_shard
 
 COMMON = "--batch-size 4 --save-every 2 --log-every 3 --preview-every 1000 --lr 1e-3 --decay-steps 0"
 SCRIPTS = {
@@ -53,6 +51,7 @@ def play(script, arguments, environment, output, at, own_group):
     os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = file
     os.environ.update(environment)
+    data.RANK, data.WORLD = (int(environment.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
     sys.argv = [script, *arguments]
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of its own
     torch.set_num_threads(1)
@@ -71,10 +70,10 @@ def play(script, arguments, environment, output, at, own_group):
             return function(*args, **kwargs)
 
         setattr(owner, names[-1], called)
-    data.run(module.main)
+    data.launch(module.main)
 
 
-STEP = "StopSignal", "__bool__"  # is called once a step
+STEP = "data", "Progress", "stopping"  # is called once a step
 
 
 class Processes:
@@ -87,7 +86,7 @@ class Processes:
         script, common = SCRIPTS.get(stage, (stage, ""))
         self.count += 1
         output = f"{self.folder}/{self.count}.txt"
-        arguments = f"{common} --run {run} {flags}".split()
+        arguments = f"{common} --run-dir {run} {flags}".split()
         process = self.fork.Process(target=play, args=(script, arguments, environment, output, at, own_group))
         process.start()
         process.output = output
@@ -140,8 +139,8 @@ def wait_for(condition, seconds=60):
 
 def torchrun(arguments, stage, run, flags):
     script, common = SCRIPTS[stage]
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments.split(), "--", os.path.join(ROOT, script),
-               *common.split(), "--run", str(run), *flags.split()]
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments.split(), os.path.join(ROOT, script),
+               *common.split(), "--run-dir", str(run), *flags.split()]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=os.environ | dict(OMP_NUM_THREADS="1"))
 
@@ -217,15 +216,16 @@ def tensors_of(tree, path=""):
 
 
 def assert_same(a, b, stage):
-    """Bit for bit: weights, EMA, optimiser, counts; the step; the log."""
+    """Bit for bit: weights, EMA, optimiser; the step; the log."""
     first, second = state_of(a, stage), state_of(b, stage)
-    names = ["model", "optimizer", "counts"] + ["ema"] * (stage != "autoencoder")
+    names = ["model", "optimizer"] + ["ema"] * (stage != "autoencoder")
     left, right = (dict(tensors_of({name: state[name] for name in names})) for state in (first, second))
     assert left.keys() == right.keys() and len(left) > 20
     assert not [name for name in left if not torch.equal(left[name], right[name])]
     assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
     assert first["step"] == second["step"]
     assert rows_of(a, stage) == rows_of(b, stage)
+    assert [state["progress"]["loss_sum"] for state in (first, second)] == [first["progress"]["loss_sum"]] * 2
     if stage == "autoencoder":
         assert encodings_of(a) == encodings_of(b)
 
@@ -299,10 +299,10 @@ def test_half_the_steps_then_as_many_again_equal_all_of_them(stories, stage):
 
 @each_stage
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_saves_says_so_and_ends_well_and_the_run_goes_on_exactly(stories, stage, name):
+def test_a_signal_saves_ends_with_130_and_the_run_goes_on_exactly(stories, stage, name):
     story = stories(stage)
     status, output = story.ends[name]
-    assert status == 0 and "stopped after step 5, saved: --resume goes on" in output
+    assert status == 130 and "stopped after step 5, saved: --resume goes on" in output
     assert story.steps[name] == 5
     assert_same(story.folder / "unbroken", story.folder / name, stage)
 
@@ -345,7 +345,7 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_workers_at_work(processe
     assert len(children(process.pid)) == 2
     os.killpg(process.pid, signal.SIGTERM)
     [(status, output)] = processes.finish(process)
-    assert status == 0 and "saved: --resume goes on" in output, output
+    assert status == 130 and "saved: --resume goes on" in output, output
     assert state_of(run, "content")["step"] >= 3
 
 
@@ -354,8 +354,8 @@ def test_a_signal_to_one_rank_alone_stops_all_after_the_same_step_or_shard(proce
     shutil.rmtree(encode / "encodings")
     ends = processes.finish(
         *processes.ranks(2, "content", train, "--steps 1000", at={1: (*STEP, 5, signal.SIGTERM)}),
-        *processes.ranks(2, "autoencoder", encode, "--encode", at={1: ("write_shard", 1, signal.SIGTERM)}))
-    assert [status for status, _ in ends] == [0, 0, 0, 0], ends
+        *processes.ranks(2, "autoencoder", encode, "--encode", at={1: ("data", "write_shard", 1, signal.SIGTERM)}))
+    assert [status for status, _ in ends] == [130] * 4, ends
     assert "stopped after step 5, saved" in ends[0][1] and state_of(train, "content")["step"] == 5
     assert "stopped while encoding" in ends[2][1] and len(list((encode / "encodings").glob("shard-*"))) == 2
 
@@ -373,15 +373,18 @@ def test_ranks_that_are_started_again_do_not_take_the_dead_for_the_living(proces
     def rank(number, steps):
         return processes.start(
             "content", run, f"--resume --steps {steps}", RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="localhost",
-            MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+            MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(start))
 
+    start = 0  # torchrun counts its restarts
     processes.succeed(rank(0, 2), rank(1, 2))
     for first in (0, 1):
+        start += 1
         early = rank(first, 4)
         time.sleep(1)
         assert early.is_alive()
         early.kill()
     for first in (0, 1):
+        start += 1
         early = rank(first, 4 + 2 * first)
         time.sleep(1)
         processes.succeed(early, rank(1 - first, 4 + 2 * first))
@@ -476,7 +479,7 @@ def test_when_a_worker_or_a_rank_is_killed_every_rank_ends_with_one_clear_line(p
         line = lines_of(others_output)[-1]
         # PyTorch says the one, or the other where it sees the worker's end before its signal.
         assert "is killed by signal" in line or "exited unexpectedly" in line, others_output
-        assert other == 1 and "Memory may have run out: take fewer --workers" in line, others_output
+        assert other == 1 and "Memory may have run out: use fewer --workers" in line, others_output
 
 
 @pytest.mark.slow
@@ -521,36 +524,15 @@ def test_a_run_goes_on_with_other_numbers_of_ranks_and_workers(processes, copy):
 # 4. NaN losses
 
 
-def test_fused_adam_leaves_everything_as_it_is_where_found_inf_is_1():
-    torch.manual_seed(0)
-    weights = [torch.randn(5, 3, requires_grad=True), torch.randn(7, requires_grad=True)]
-    optimizer = torch.optim.Adam(weights, lr=0.1, fused=True)
-
-    def step(factor, found):
-        for weight in weights:
-            weight.grad = torch.ones_like(weight) * factor
-        optimizer.found_inf = torch.tensor(found)
-        optimizer.step()
-        return {name: tensor.clone() for name, tensor in tensors_of(
-            dict(weights=dict(enumerate(weights)), optimizer=optimizer.state_dict()))}
-
-    before = step(1.0, 0.0)
-    after = step(float("nan"), 1.0)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert not all(torch.equal(before[name], value) for name, value in step(1.0, 0.0).items())
-
-
 def poison(run, clips):
     """Makes the motion latents and content frames of some stored clips NaN, with the right checksums."""
     for number in range(3):
-        folder = run / "encodings" / f"shard-{number:05d}"
-        content, motion = np.load(folder / "content.npy"), np.load(folder / "motion.npy")
-        records = [json.loads(line) for line in read(folder / "clips.jsonl").splitlines()]
+        shard, captions, settings = open_shard(str(run), number)
+        content, motion, labels = (shard.get_tensor(name).clone() for name in ("content", "motion", "label"))
         for clip in clips:
             if clip // 8 == number:
-                content[clip % 8] = motion[clip % 8] = np.nan
-        shutil.rmtree(folder)
-        write_shard(str(run / "encodings"), number, content, motion, records)
+                content[clip % 8] = motion[clip % 8] = torch.nan
+        write_shard(str(run), number, settings, content, motion, labels.tolist(), captions)
 
 
 @pytest.mark.parametrize("stage, ranks", [("content", 1), ("motion", 1), ("motion", 2)])
@@ -576,7 +558,7 @@ def test_a_nan_loss_in_stage_1_is_skipped_and_too_many_stop_the_run(processes, c
     """Its clips are drawn, so the poison is a noise that is infinite in float32, from the resumed step on."""
     run = copy("run", "autoencoder")
     [(status, output)] = processes.finish(processes.start("autoencoder", run, "--resume --steps 100 --noise 1e39"))
-    assert status == 1 and "autoencoder.py: the last 6 steps up to 12 had a NaN" in lines_of(output)[-1], output
+    assert status == 1 and "autoencoder.py: the last 5 steps had a NaN" in lines_of(output)[-1], output
     assert rows_of(run, "autoencoder")[-1]["step"] == "9" and rows_of(run, "autoencoder")[-1]["skipped"] == "3"
 
 
@@ -590,11 +572,12 @@ def test_a_few_nan_losses_in_a_row_stop_the_run_and_the_last_good_checkpoint_sta
         processes.start(stage, new, "--steps 100 --save-every 100"))
     name = SCRIPTS[stage][0]
     assert status == 1 and lines_of(output)[-1] == (
-        f"{name}: the last 7 steps up to 9 had a NaN or infinite loss and were skipped: lower --lr, or look at the "
-        f"data; {run}/{stage}.pt holds the last good weights")
+        f"{name}: the last 5 steps had a NaN or infinite loss and were skipped: lower --lr, or look at the data; the "
+        "last checkpoint, if there is one, holds good weights")
     good, now = state_of(tiny, stage), state_of(run, stage)
     assert all(torch.equal(good["model"][key], now["model"][key]) for key in good["model"])
-    assert other == 1 and lines_of(others_output)[-1].endswith("nothing was saved yet")
+    assert other == 1 and "the last 5 steps had a NaN" in lines_of(others_output)[-1]
+    assert not (new / f"{stage}.pt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,8 +585,9 @@ def test_a_few_nan_losses_in_a_row_stop_the_run_and_the_last_good_checkpoint_sta
 
 
 @pytest.mark.parametrize("at", [
-    ("write_shard", 2, signal.SIGKILL), ("np", "save", 5, signal.SIGKILL), ("write_json", 2, signal.SIGKILL),
-    ("write_shard", 2, signal.SIGINT), ("write_shard", 1, signal.SIGTERM)], ids=str)
+    ("data", "write_shard", 2, signal.SIGKILL), ("data", "save_file", 3, signal.SIGKILL),
+    ("data", "save_checkpoint", 2, signal.SIGKILL), ("data", "write_shard", 2, signal.SIGINT),
+    ("data", "write_shard", 1, signal.SIGTERM)], ids=str)
 def test_encoding_that_was_broken_off_goes_on_and_writes_the_same_bytes(processes, copy, tiny, at):
     run = copy("run", "autoencoder")
     shutil.rmtree(run / "encodings")
@@ -611,38 +595,39 @@ def test_encoding_that_was_broken_off_goes_on_and_writes_the_same_bytes(processe
     if at[-1] == signal.SIGKILL:
         assert status == -signal.SIGKILL
     else:
-        assert status == 0 and "stopped while encoding: --encode goes on" in output
-    with pytest.raises(InputError, match="was interrupted: go on with"):
-        EncodedClips(run)
-    done = sorted((run / "encodings").glob("shard-*/content.npy"))
-    assert len(done) < 3 or at[0] == "write_json"
+        assert status == 130 and "stopped while encoding: --encode goes on" in output
+    with pytest.raises(InputError, match="has no complete encodings: make them with"):
+        EncodedClips(str(run))
+    done = sorted((run / "encodings").glob("shard-*.safetensors"))
+    assert len(done) < 3 or at[1] == "save_checkpoint"
     times = [path.stat().st_mtime_ns for path in done]
     processes.succeed(processes.start("autoencoder", run, "--encode"))
     assert times == [path.stat().st_mtime_ns for path in done]  # kept, not written again
     assert encodings_of(run) == encodings_of(tiny)
 
 
+def test_an_interrupted_encoding_goes_on_with_the_flags_that_it_began_with(processes, copy):
+    run = copy("run", "autoencoder")
+    killed = "data", "write_shard", 4, signal.SIGKILL
+    processes.finish(processes.start("autoencoder", run, "--encode --clips 32", killed))
+    processes.succeed(processes.start("autoencoder.py", run, "--encode"))  # without the flags that SCRIPTS adds
+    assert len(EncodedClips(str(run))) == 32
+
+
 def test_a_shard_that_was_cut_off_or_changed_is_noticed_and_named(copy):
     run = copy("run", "autoencoder")
-    assert len(EncodedClips(run)) == 24
-    for name in ("content.npy", "motion.npy", "lines.npy", "clips.jsonl"):
-        path = run / "encodings" / "shard-00001" / name
-        whole = read(path, "rb")
-        for damage in (whole[:-1], whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], whole + b"x", b""):
-            path.write_bytes(damage)
-            with pytest.raises(InputError, match=f"shard-00001/{name} is damaged: delete .*shard-00001 and run"):
-                EncodedClips(run)
-        path.unlink()
-        with pytest.raises(InputError, match="shard-00001 is not a whole shard"):
-            EncodedClips(run)
-        path.write_bytes(whole)
-    (run / "encodings" / "shard-00001" / "shard.json").write_text('{"clips": 8')
-    with pytest.raises(InputError, match="shard-00001 is not a whole shard"):
-        EncodedClips(run)
-    shutil.rmtree(run / "encodings" / "shard-00002")
-    (run / "encodings" / "index.json").write_text("")
-    with pytest.raises(InputError, match="no encodings in .*: train with"):
-        EncodedClips(run)
+    assert len(EncodedClips(str(run))) == 24
+    path = run / "encodings" / "shard-00001.safetensors"
+    whole = read(path, "rb")
+    for damage in (whole[:-1], whole[:-99] + bytes([whole[-99] ^ 1]) + whole[-98:], whole + b"x", whole[:50], b""):
+        path.write_bytes(damage)
+        open_shard.cache_clear()
+        with pytest.raises(InputError, match="shard-00001.safetensors is missing or damaged .*: delete it and run"):
+            EncodedClips(str(run))
+    path.unlink()
+    open_shard.cache_clear()
+    with pytest.raises(InputError, match="shard-00001.safetensors is missing or damaged"):
+        EncodedClips(str(run))
 
 
 def test_what_belongs_to_another_autoencoder_is_refused_with_the_reason(processes, copy, tiny, tmp_path):
@@ -680,8 +665,8 @@ def test_a_pickled_payload_is_refused_and_does_not_run(processes, copy, tmp_path
         torch.save(state, tmp_path / f"{stage}.pt", _use_new_zipfile_serialization=not legacy)
         with pytest.raises(InputError) as caught:
             load_checkpoint(str(tmp_path / f"{stage}.pt"), stage)
-        assert "\n" not in str(caught.value) and str(tmp_path / f"{stage}.pt") in str(caught.value)
-        assert legacy or "holds more than tensors and is not loaded" in str(caught.value)
+        assert str(caught.value) == (f"{tmp_path}/{stage}.pt is damaged, or not a checkpoint: delete it and train "
+                                     f"again with {SCRIPTS[stage][0]}")
     assert not ran.exists()
     torch.load(tmp_path / "content.pt", weights_only=False)
     assert ran.exists()  # the payload works: it was not merely dead
@@ -703,11 +688,11 @@ def test_a_file_that_is_no_checkpoint_or_of_another_stage_says_so(copy, tmp_path
     whole = read(run / "motion.pt", "rb")
     for damage in (whole[: len(whole) // 2], b"", b"text", whole[len(whole) // 2 :]):
         (run / "motion.pt").write_bytes(damage)
-        with pytest.raises(InputError, match="motion.pt (is damaged or no|holds more than tensors)") as caught:
+        with pytest.raises(InputError, match="motion.pt is damaged, or not a checkpoint") as caught:
             state_of(run, "motion")
         assert "\n" not in str(caught.value)
     torch.save(dict(weights=torch.zeros(3)), run / "motion.pt")
-    with pytest.raises(InputError, match="was not written by motion_diffusion.py"):
+    with pytest.raises(InputError, match="motion.pt is damaged, or not a checkpoint"):
         state_of(run, "motion")
     with pytest.raises(InputError, match="train it first with `python motion_diffusion.py"):
         state_of(tmp_path, "motion")
@@ -718,10 +703,10 @@ def test_another_preset_or_model_than_the_checkpoints_is_an_error(processes, cop
     starts = {
         processes.start("autoencoder", run, "--resume --preset ucf101"): "was trained with --preset shapes, not ucf101",
         processes.start("motion", run, "--resume --preset ucf101"): "was trained with --preset shapes, not ucf101",
-        processes.start("autoencoder", run, "--resume --width 32"): "was trained with width 16, not 32: drop that flag",
-        processes.start("content", run, "--resume --model S"): "was trained with model mini, not S: drop that flag",
-        processes.start("motion", run, "--resume --content-patch 4"): "was trained with content_patch 8, not 4",
-        processes.start("content", run): "content.pt exists: --resume goes on with it, another --run starts afresh",
+        processes.start("autoencoder", run, "--resume --width 32"): "was trained with --width 16, not 32: drop that",
+        processes.start("content", run, "--resume --model S"): "was trained with --model mini, not S: drop that flag",
+        processes.start("motion", run, "--resume --content-patch 4"): "was trained with --content-patch 8, not 4",
+        processes.start("content", run): "content.pt exists: --resume goes on with it, another --run-dir starts a new",
     }
     for (status, output), message in zip(processes.finish(*starts), starts.values()):
         assert status == 1 and len(lines_of(output)) == 1 and message in output, output
@@ -737,16 +722,18 @@ def test_a_checkpoint_that_does_not_fit_is_a_clear_error_and_the_earlier_one_sta
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # of one file; stands for the disk's size
     try:
-        with pytest.raises(InputError, match="cannot save .*content.pt .* free on its disk.: the earlier checkpoint is "
-                                             "whole; free some space and go on with --resume"):
+        with pytest.raises(InputError, match="cannot save .*content.pt .*: is the disk full. An earlier checkpoint "
+                                             "is whole: free some space and go on with --resume"):
             save_checkpoint(path, state | dict(weights=torch.zeros(1_000_000)))
-        with pytest.raises(InputError, match="nothing was saved"):
+        with pytest.raises(InputError, match="cannot save .*motion.pt"):
             save_checkpoint(str(tmp_path / "motion.pt"), dict(weights=torch.zeros(1_000_000)))
-        with pytest.raises(InputError, match="cannot write .*shard-00000"):
-            write_shard(str(tmp_path), 0, np.zeros((9, 3, 100, 100)), np.zeros((9, 1)), [{}] * 9)
+        with pytest.raises(SystemExit, match="File too large"):
+            data.launch(lambda: write_shard(str(tmp_path / "run"), 0, {}, torch.zeros(9, 3, 100, 100),
+                                            torch.zeros(9, 1, 1, 1), [0] * 9, [""] * 9))
+        assert not os.listdir(tmp_path / "run" / "encodings")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert os.listdir(tmp_path) == ["content.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["content.pt", "run"]
     assert torch.equal(load_checkpoint(path, "content")["weights"], torch.arange(1000))
 
 
@@ -766,17 +753,19 @@ def test_a_disk_that_runs_full_ends_the_run_with_one_line_and_the_earlier_checkp
     run = small_disk / "run"
     shutil.copytree(copy("run", "autoencoder"), run)
     [(status, output)] = processes.finish(processes.start("content", run, "--steps 100"))
-    assert status == 1 and "the earlier checkpoint is whole; free some space" in lines_of(output)[-1], output
-    assert "No space left on device" in output and "Traceback" not in output
+    assert status == 1 and "is the disk full? An earlier checkpoint is whole" in lines_of(output)[-1], output
+    assert "Traceback" not in output
     assert state_of(run, "content")["step"] == 2
 
 
 def test_a_full_disk_elsewhere_than_in_saving_is_one_line_too(tmp_path):
-    log = data.Log(str(tmp_path / "log.csv"), ["step"], 0, (1,))
-    log.file = open("/dev/full", "w", buffering=1)
-    with pytest.raises(SystemExit, match="No space left on device: free some space and go on with --resume"):
-        data.run(lambda: log(step=1))
-    with pytest.raises(SystemExit, match="none: No such file or directory: name another path"):
-        data.run(lambda: open(tmp_path / "none"))
+    def fill():
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    with pytest.raises(SystemExit, match="No space left on device"):
+        data.launch(fill)
+    with pytest.raises(SystemExit, match="No such file or directory: .*none"):
+        data.launch(lambda: open(tmp_path / "none"))
     with pytest.raises(OSError):  # others keep their traceback
-        data.run(lambda: os.read(-1, 1))
+        data.launch(lambda: os.read(-1, 1))

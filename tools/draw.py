@@ -1,4 +1,6 @@
-"""Draws the README's pictures from a trained shapes run: python assets/draw.py runs/shapes runs/shapes/samples
+"""Draws the README's pictures from a trained shapes run into assets/.
+
+    python tools/draw.py runs/shapes runs/shapes/samples
 
 idea.png (a real clip, its content frame, motion latent and reconstruction), losses.png, and samples.gif, enlarged.
 """
@@ -12,10 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from autoencoder import load_autoencoder  # noqa: E402
-from data import MovingShapes, to_uint8  # noqa: E402
+import data
+from autoencoder import load_autoencoder
+from data import MovingShapes, to_uint8
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
 INK, GREY, BLUE = (40, 40, 48), (130, 130, 140), (46, 98, 190)
 FONT = ImageFont.load_default(17)
 SMALL = ImageFont.load_default(14)
@@ -43,8 +46,8 @@ def arrow(draw, points, text=None, at=None):
 
 
 @torch.no_grad()
-def idea(run, clip=5):
-    model, _, state = load_autoencoder(run, torch.device("cpu"))
+def idea(run_dir, clip=5):
+    model, _, state = load_autoencoder(run_dir, torch.device("cpu"))
     item = MovingShapes(model.frames, model.size, split="test")[clip]
     content, motion = model.encode(item["video"][None])
     again = model.decode(content, motion)[0]
@@ -78,16 +81,16 @@ def idea(run, clip=5):
         arrow(draw, [(x0, y + 16), (x1, y + 16)], text, ((x0 + x1) // 2, y - 2))
     draw.text((300, y + 44), "an image diffusion model", fill=GREY, font=SMALL, anchor="lm")
     draw.text((560, y + 44), "a light transformer, which sees the content frame", fill=GREY, font=SMALL, anchor="lm")
-    canvas.save(os.path.join(HERE, "idea.png"), optimize=True)
+    canvas.save(os.path.join(ASSETS, "idea.png"), optimize=True)
 
 
-def losses(run):
-    """The three loss curves, on logarithmic axes, from the logs."""
+def losses(run_dir):
+    """The three loss curves, on logarithmic axes, from the stages' CSV files."""
     canvas = Image.new("RGB", (1180, 280), "white")
     draw = ImageDraw.Draw(canvas)
     for k, (stage, title) in enumerate((("autoencoder", "autoencoder: MSE"), ("content", "content: equation 7"),
                                         ("motion", "motion: equation 8"))):
-        with open(os.path.join(run, f"{stage}.csv")) as file:
+        with open(os.path.join(run_dir, f"{stage}.csv")) as file:
             points = np.array([(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row["loss"]])
         left, top, width, height = 60 + k * 390, 44, 310, 190
         low, high = np.log10(points[:, 1].min() * 0.9), np.log10(points[:, 1].max() * 1.1)
@@ -100,23 +103,29 @@ def losses(run):
             draw.text((left - 6, place), f"{value:.2g}", fill=GREY, font=SMALL, anchor="rm")
         draw.text((left + width, top + height + 14), f"{points[-1, 0]:.0f} steps", fill=GREY, font=SMALL, anchor="rm")
         draw.line(list(zip(x, y)), fill=BLUE, width=3)
-    canvas.save(os.path.join(HERE, "losses.png"), optimize=True)
+    canvas.save(os.path.join(ASSETS, "losses.png"), optimize=True)
 
 
 def samples(folder, factor=3):
-    """samples.gif with every pixel as a square of `factor` pixels, since a browser would blur it."""
+    """samples.gif with each pixel as a square of `factor` pixels, because a browser would blur it."""
     with Image.open(os.path.join(folder, "samples.gif")) as gif:
         frames = [frame.convert("RGB").resize((gif.width * factor, gif.height * factor), Image.Resampling.NEAREST)
                   for frame in ImageSequence.Iterator(gif)]
         palette = frames[0].quantize(256, dither=Image.Dither.NONE)
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-        frames[0].save(os.path.join(HERE, "samples.gif"), save_all=True, append_images=frames[1:], loop=0,
+        frames[0].save(os.path.join(ASSETS, "samples.gif"), save_all=True, append_images=frames[1:], loop=0,
                        duration=gif.info["duration"])
 
 
+def main():
+    parser = data.Flags(__doc__)
+    parser.add_argument("run_dir", help="run folder of the shapes preset")
+    parser.add_argument("samples", help="folder that sample.py wrote from it")
+    args = parser.parse_args()
+    idea(args.run_dir)
+    losses(args.run_dir)
+    samples(args.samples)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("draw.py: name a shapes run and the folder that sample.py wrote from it")
-    idea(sys.argv[1])
-    losses(sys.argv[1])
-    samples(sys.argv[2])
+    data.launch(main)
