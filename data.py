@@ -847,7 +847,7 @@ class Flags(argparse.ArgumentParser):
         args = super().parse_args(*args)
         if getattr(args, "size", None):
             if len(args.size) > 2:
-                self.error("--size takes one number, or height and width")
+                raise InputError("--size takes one number, or height and width")
             args.size = list(pair(args.size))
         return args
 

@@ -118,10 +118,10 @@ def runs(script, files, tmp_path_factory):
                     ["content_diffusion.py", "--sd", files / name],  # the preset is now the run's
                     ["motion_diffusion.py", "--text", files / "v2-1_512-ema-pruned.safetensors", "--model", "mini"]]
         for command in commands:
-            done = script(*command, *STEPS, "--run", run)
+            done = script(*command, *STEPS, "--run-dir", run)
             assert done.returncode == 0, done.stderr
             if command[0] == "autoencoder.py":
-                assert "1005.mp4" in done.stderr and "1 unreadable left out" in done.stdout
+                assert "1005.mp4" in done.stderr and "1 unusable left out" in done.stdout
                 shutil.copytree(run, encoded)
         made[version] = run, encoded
     return made
@@ -133,7 +133,7 @@ def state_of(run, stage):
 
 @pytest.fixture
 def call(monkeypatch):
-    """call(sample, "--run", path, ...) runs a script's main() in this process."""
+    """call(sample, "--run-dir", path, ...) runs a script's main() in this process."""
 
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
@@ -183,8 +183,8 @@ def test_a_run_goes_on_without_the_raw_file_and_its_averages_hold_no_graph(runs,
                                                                           stage):
     shutil.copytree(runs["webvid_sd21"][0], tmp_path / "run")
     seen = []
-    monkeypatch.setattr(module, "preview", lambda args, ema, *rest: seen.extend(ema.parameters()))
-    call(module, "--run", tmp_path / "run", "--resume", *STEPS, "--steps", 3)
+    monkeypatch.setattr(module, "preview", lambda args, step, ema, *rest: seen.extend(ema.parameters()))
+    call(module, "--run-dir", tmp_path / "run", "--resume", *STEPS, "--steps", 3)
     assert state_of(tmp_path / "run", stage)["step"] == 3
     assert seen and all(weight.grad_fn is None for weight in seen)  # else every step would add to it
 
@@ -198,7 +198,7 @@ FEW = "--steps 3 --motion-steps 2 --batch-size 2".split()
 @pytest.mark.parametrize("version", VERSIONS)
 def test_prompts_become_clips_and_words_beyond_77_tokens_are_named(script, runs, files, tmp_path, version):
     out = tmp_path / "out"
-    done = script("sample.py", "--run", runs[version][0], "--prompts", files / "prompts.txt", *FEW, "--out", out,
+    done = script("sample.py", "--run-dir", runs[version][0], "--prompts", files / "prompts.txt", *FEW, "--out", out,
                   "--negative-prompt", "blurred")
     assert done.returncode == 0, done.stderr
     assert (out / "captions.txt").read_text() == f"a red circle\n{LONG}\na blue square\n"
@@ -227,7 +227,7 @@ def draw(runs, call, tmp_path, monkeypatch):
 
         monkeypatch.setattr(sample.Sampler, "draw_motion", spy)
         monkeypatch.setattr(sample.Sampler, "decode", lambda _, content, motion: torch.zeros(len(content), 3, 4, 8, 8))
-        call(sample, "--run", folder, *FEW, "--out", tmp_path / f"out{len(os.listdir(tmp_path))}", *flags)
+        call(sample, "--run-dir", folder, *FEW, "--out", tmp_path / f"out{len(os.listdir(tmp_path))}", *flags)
         return [torch.cat(parts) for parts in zip(*seen)]
 
     return run
@@ -268,15 +268,15 @@ def test_an_image_is_the_content_frame_and_needs_no_content_model(runs, files, d
 
 def test_the_types_of_a_gpu_fit_together(runs, files, monkeypatch):
     """As on a GPU: bfloat16 models, half text encoder and image autoencoder, everything between them float32."""
-    args = sample.flags().parse_args(["--run", str(runs["webvid_sd15"][0]), "--prompt", "a cat", *FEW])
+    args = sample.flags().parse_args(["--run-dir", str(runs["webvid_sd15"][0]), "--prompt", "a cat", *FEW])
     args.guidance = args.motion_guidance = 2.0
     with torch.inference_mode():
-        sampler = sample.Sampler(args, torch.device("cpu"))
+        sampler = sample.Sampler(args, torch.device("cpu"), torch.float32)
         plain = sampler.draw_content(["a cat"], [0])
-        sampler.dtype = torch.bfloat16
+        sampler = sample.Sampler(args, torch.device("cpu"), torch.bfloat16)
         sampler.image.half()
         for stage in (sampler.content, sampler.motion):
-            stage.model.to(torch.bfloat16), stage.text.half(), stage.cache.clear()
+            stage.text.half()
         content = sampler.draw_content(["a cat"], [0])
         motion = sampler.draw_motion(content, ["a cat"], [0])
         with torch.autocast("cpu", torch.bfloat16):
@@ -291,40 +291,39 @@ def test_the_types_of_a_gpu_fit_together(runs, files, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
-NEW = "--preset webvid_sd15 --size 64 --run {new}"
+NEW = "--preset webvid_sd15 --size 64 --run-dir {new}"
+DAMAGED = "is damaged, or not a file of weights: it starts with b"
 MISTAKES = [  # command, words of the one line
     (f"autoencoder.py {NEW} --data {{csv}}", "needs --sd"),
     (f"autoencoder.py {NEW} --sd {{sd15}}", "needs --data"),
     (f"autoencoder.py {NEW} --data {{csv}} --sd /nowhere.ckpt", "/nowhere.ckpt: no such file"),
-    (f"autoencoder.py {NEW} --data {{csv}} --sd {{files}}/page.ckpt", "page.ckpt is a web page, not weights"),
-    (f"autoencoder.py {NEW} --data {{csv}} --sd {{files}}/cut-v1-5-pruned.ckpt", "cut short or damaged"),
-    (f"autoencoder.py {NEW} --data {{csv}} --sd {{files}}/cut-v2-1_512-ema-pruned.safetensors", "cut short or damaged"),
-    (f"autoencoder.py {NEW} --data {{csv}} --sd {{csv}}", "neither .safetensors nor a PyTorch checkpoint"),
+    (f"autoencoder.py {NEW} --data {{csv}} --sd {{files}}/page.ckpt", f"page.ckpt {DAMAGED}'<!DOCTYPE html><'"),
+    (f"autoencoder.py {NEW} --data {{csv}} --sd {{files}}/cut-v1-5-pruned.ckpt", DAMAGED),
+    (f"autoencoder.py {NEW} --data {{csv}} --sd {{files}}/cut-v2-1_512-ema-pruned.safetensors", DAMAGED),
+    (f"autoencoder.py {NEW} --data {{csv}} --sd {{csv}}", DAMAGED),
     (f"autoencoder.py {NEW} --data {{csv}} --sd {{files}}/text.safetensors", "no Stable Diffusion image autoencoder"),
-    (f"autoencoder.py {NEW} --data {{files}}/columns.csv --sd {{sd15}}", "columns are file, text; needed are videoid"),
+    (f"autoencoder.py {NEW} --data {{files}}/columns.csv --sd {{sd15}}", "columns are 'file, text'; needed are"),
     (f"autoencoder.py {NEW} --data {{csv}} --sd {{sd15}} --size 64 72", "--size 64 72: height and width must be "
                                                                         "multiples of 16"),
     (f"autoencoder.py {NEW} --data {{csv}} --sd {{sd15}} --patch 4 --size 48", "multiples of 32"),
     (f"autoencoder.py {NEW} --data {{csv}} --sd {{sd15}} --size 64 64 64", "one number, or height and width"),
     (f"autoencoder.py {NEW} --data {{csv}} --sd {{sd15}} --lpips a b", "--lpips compares pixels"),
-    ("autoencoder.py --preset ucf101 --run {new} --data {files} --sd {sd15}", "works on pixels: drop --sd"),
-    ("content_diffusion.py --run {encoded}", "--model sd needs --sd"),
-    ("content_diffusion.py --run {encoded} --sd {files}/text.safetensors", "is not a Stable Diffusion 1.5 or 2.1 file: "
-                                                                           "it seems to be a CLIP text encoder"),
-    ("content_diffusion.py --run {encoded} --sd {files}/image.safetensors", "it seems to be Stable Diffusion's image "
-                                                                            "autoencoder"),
-    ("content_diffusion.py --run {encoded} --sd {files}/inpainting.safetensors", "this is the inpainting U-Net: 9 "
-                                                                                 "input channels"),
-    ("content_diffusion.py --run {encoded} --sd {files}/page.ckpt", "is a web page"),
-    ("motion_diffusion.py --run {encoded}", "needs --text"),
-    ("motion_diffusion.py --run {encoded} --text {files}/image.safetensors", "this file has no text encoder"),
-    ("motion_diffusion.py --run {encoded} --text {files}/cut-v1-5-pruned.ckpt", "cut short or damaged"),
-    ("motion_diffusion.py --run {encoded} --text {sd15} --model mini --content-patch 3", "choose another"),
-    ("sample.py --run {run}", "say what to draw with --prompt or --prompts"),
-    ("sample.py --run {run} --label 3", "is conditioned on text: say what to draw with --prompt"),
-    ("sample.py --run {run} --prompt x --prompts {files}/prompts.txt", "--prompt and --prompts: give one"),
-    ("sample.py --run {run} --prompts {files}/page0", "--prompts"),
-    ("sample.py --run {run} --prompt x --image {csv}", "cannot be read as a picture"),
+    ("autoencoder.py --preset ucf101 --run-dir {new} --data {files} --sd {sd15}", "works on pixels: drop --sd"),
+    ("content_diffusion.py --run-dir {encoded}", "--model sd needs --sd"),
+    ("content_diffusion.py --run-dir {encoded} --sd {files}/text.safetensors",
+     "is not a Stable Diffusion 1.5 or 2.1 file: it holds 30 tensors, the first named cond_stage_model."),
+    ("content_diffusion.py --run-dir {encoded} --sd {files}/image.safetensors", "the first named first_stage_model."),
+    ("content_diffusion.py --run-dir {encoded} --sd {files}/inpainting.safetensors",
+     "this U-Net has 9 input channels, as inpainting models"),
+    ("content_diffusion.py --run-dir {encoded} --sd {files}/page.ckpt", DAMAGED),
+    ("motion_diffusion.py --run-dir {encoded}", "needs --text"),
+    ("motion_diffusion.py --run-dir {encoded} --text {files}/image.safetensors", "this file has no text encoder"),
+    ("motion_diffusion.py --run-dir {encoded} --text {files}/cut-v1-5-pruned.ckpt", DAMAGED),
+    ("motion_diffusion.py --run-dir {encoded} --text {sd15} --model mini --content-patch 3", "choose another"),
+    ("sample.py --run-dir {run}", "say what to draw with --prompt or --prompts"),
+    ("sample.py --run-dir {run} --label 3", "is conditioned on text: say what to draw with --prompt"),
+    ("sample.py --run-dir {run} --prompt x --prompts {files}/prompts.txt", "--prompt and --prompts: give one"),
+    ("sample.py --run-dir {run} --prompts {files}/page.ckpt --image {csv}", "cannot be read as a picture"),
 ]
 
 
@@ -344,12 +343,16 @@ def test_a_mistake_is_one_clear_line_and_leaves_nothing_behind(files, runs, call
     assert not (tmp_path / "new").exists() and before == (everything_in(run), everything_in(encoded))
 
 
-def test_a_mistake_in_a_process_is_that_line_and_no_traceback(script, files, tmp_path):
-    done = script("autoencoder.py", "--preset", "webvid_sd21", "--data", files / "webvid.csv", "--sd",
-                  files / "page.ckpt", "--run", tmp_path / "new")
+@pytest.mark.parametrize("command, line", [
+    ("autoencoder.py --preset webvid_sd21 --data {files}/webvid.csv --sd {files}/page.ckpt --run-dir {new}",
+     "autoencoder.py: {files}/page.ckpt is damaged, or not a file of weights: it starts with"),
+    ("sample.py --run-dir {run} --prompts {files}/page0", "sample.py: [Errno 21] Is a directory: '{files}/page0'"),
+    ("sample.py --run-dir {run} --prompts {files}/red.png", "sample.py: {files}/red.png is not a text file in UTF-8")])
+def test_a_mistake_in_a_process_is_that_line_and_no_traceback(script, files, runs, tmp_path, command, line):
+    places = dict(files=files, new=tmp_path / "new", run=runs["webvid_sd15"][0])
+    done = script(*command.format(**places).split())
     assert done.returncode == 1 and not (tmp_path / "new").exists()
-    assert done.stderr == (f"autoencoder.py: {files}/page.ckpt is a web page, not weights: its download was refused or "
-                           "needs a login\n")
+    assert done.stderr.startswith(line.format(**places)) and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
