@@ -36,8 +36,7 @@ from tqdm import tqdm
 import data
 from data import InputError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The video autoencoder and its loss
+# ---- The video autoencoder and its loss -----------------------------------------------------------------------------
 
 
 class FeedForward(nn.Module):
@@ -145,7 +144,7 @@ class Autoencoder(nn.Module):
         self.content_shape = (channels, height, wide)
         self.motion_shape = (motion_channels, frames, sum(self.grid))
         pixels = channels * patch**2  # of one patch
-        # Linear layers on patches: the same sums as convolutions, plain or transposed, of kernel = stride = patch.
+        # Linear layers on patches: the same as convolutions, or transposed ones, with kernel = stride = patch.
         self.embed = nn.Linear(pixels, width)
         self.encoder = TimeSformer(frames, self.grid, width, depth, heads)
         if content == "weights":
@@ -157,7 +156,7 @@ class Autoencoder(nn.Module):
         self.embed_columns = nn.Linear(motion_channels, width)
         self.decoder = TimeSformer(frames, self.grid, width, depth, heads)
         self.to_frames = nn.Linear(width, pixels)
-        # Of each channel over the encoded data set: the motion model works on (z - mean) / std.
+        # Of each motion channel over the encoded data set: the motion model works on (z - mean) / std.
         self.register_buffer("motion_mean", torch.zeros(motion_channels, 1, 1))
         self.register_buffer("motion_std", torch.ones(motion_channels, 1, 1))
 
@@ -226,8 +225,7 @@ def reconstruction_loss(output, video, kind, lpips=None, chosen=None):
     return loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets and flags
+# ---- Presets and flags ----------------------------------------------------------------------------------------------
 
 PAPER = dict(  # table 5 and appendix B
     frames=16, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False, noise=0.0, lr=1e-5,
@@ -288,6 +286,8 @@ def check_flags(args, saved):
     pixels, preset = args.channels == 3, f"--preset {args.preset}"
     if not args.data:
         raise InputError(f"{preset} needs --data: a folder of videos or a CSV of captions")
+    if args.data == "shapes" and not args.clips:
+        raise InputError("--clips 0 means all videos, and the moving shapes have no end: give a number")
     if pixels and args.sd:
         raise InputError(f"{preset} works on pixels: drop --sd, or use --preset webvid_sd15")
     if not pixels and args.lpips:
@@ -299,8 +299,7 @@ def check_flags(args, saved):
                          f"{8 * args.patch}, the image autoencoder's 8 times the patch")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding the data set, and training
+# ---- Encoding the data set, and training ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -313,7 +312,11 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, au
     digest = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in model.parameters()))
     made_with = dict(fingerprint=digest.hexdigest()[:16]) | {name: getattr(args, name) for name in (
         "data", "captions", "split", "stride", "seed", "clips_per_video", "shard_size")}
-    indices = range(args.clips) if indices is None else indices[: args.clips or None]
+    if indices is None:
+        indices = range(args.clips)
+    elif args.clips and args.clips < len(indices):  # of all classes: the files are sorted by class
+        chosen = torch.randperm(len(indices), generator=torch.Generator().manual_seed(args.seed))[: args.clips]
+        indices = [indices[i] for i in chosen]
     keys = [(int(index), number) for index in indices for number in range(args.clips_per_video)]
     shards = [keys[i : i + args.shard_size] for i in range(0, len(keys), args.shard_size)]
     size = max(1, min(args.batch_size // world, 32))  # no larger than in training, where it fits into memory
@@ -323,6 +326,7 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, au
         settings = made_with | dict(keys=len(keys))
         with contextlib.suppress(InputError):  # missing or damaged
             if data.open_shard(args.run_dir, number)[2] == settings:
+                bar.update(len(keys))
                 return
         items = []
         parts = [[torch.zeros(0, *shape, dtype=torch.float16) for shape in (model.content_shape, model.motion_shape)]]
@@ -332,7 +336,7 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, au
             if progress.stop:
                 return
             if batch:
-                # Not under autocast: Stable Diffusion's latents as precise as those it was trained on.
+                # Not under autocast: Stable Diffusion's latents should be as precise as in its own training.
                 frames = to_frames(torch.stack([item["video"] for item in batch]).to(device), image)
                 with autocast:
                     parts.append([latent.half().cpu() for latent in model.encode(frames)])
@@ -490,8 +494,7 @@ def main():
     save(last, *encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, progress))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Appendix: Stable Diffusion's image autoencoder, and LPIPS
+# ---- Appendix: Stable Diffusion's image autoencoder, and LPIPS ------------------------------------------------------
 
 
 image_norm = partial(nn.GroupNorm, 32, eps=1e-6)
@@ -668,8 +671,10 @@ def load_lpips(vgg_path, lpips_path):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Appendix: reading raw checkpoints
+# ---- Appendix: reading raw checkpoints ------------------------------------------------------------------------------
+
+# Lightning's checkpoints hold objects beside the tensors. torch's safe loader refuses classes that it does not know, so
+# each is replaced by one that ignores everything.
 
 
 class EqualsDict(type):
@@ -691,7 +696,8 @@ class Inert(list, metaclass=EqualsDict):
     __hash__, __eq__ = object.__hash__, object.__eq__  # Lightning uses such objects as keys
 
 
-# What checkpoints name from Python's own library for harmless reasons: modules, and classes of builtins.
+# What checkpoints name from Python's own library for harmless reasons: modules, and classes of builtins. "commands"
+# below was Python 2's subprocess.
 HARMLESS = set("_codecs argparse collections copyreg datetime decimal enum functools pathlib types typing uuid "
                "bytearray complex dict float frozenset int list object range set slice str tuple type".split())
 
@@ -700,7 +706,7 @@ def stand_in(name):
     """(an inert class, name) for a name in a file. InputError for names such as os.system: torch would not call the
     function either, but a file that names it does not only hold weights."""
     top, attribute = name.split(".")[0], name.split(".")[-1]
-    if top in {*sys.stdlib_module_names, "commands"} and not {top, attribute} & HARMLESS:  # Python 2's subprocess
+    if top in {*sys.stdlib_module_names, "commands"} and not {top, attribute} & HARMLESS:
         raise InputError(f"is refused: loading it normally would call {name}, so it is not only weights. Nothing in it "
                          "was executed; get the file from its original source")
     return type(attribute, (Inert,), {}), name

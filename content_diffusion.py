@@ -30,17 +30,18 @@ import data
 from autoencoder import find_part, load_autoencoder, load_weights, read_checkpoint, to_pixels
 from data import InputError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Diffusion: noising, loss and samplers
+# ---- Diffusion: noising, loss and samplers --------------------------------------------------------------------------
 
 
 class Diffusion:
-    """Gaussian diffusion over 1000 timesteps: x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps.
+    """A model learns to remove noise. Training mixes a clean x with Gaussian noise eps, x_t = sqrt(abar_t) x +
+    sqrt(1 - abar_t) eps, and the model guesses eps (or x) from x_t and t. abar_t falls from almost 1 at t = 0, clean,
+    to almost 0 at t = 999, noise. Sampling starts from noise at t = 999 and removes a little of it in each step.
 
     schedule  'linear' betas 1e-4 to 0.02 (DiT's), or 'scaled_linear', Stable Diffusion's 0.00085 to 0.012, linear in
               their roots
     predict   what the model returns: 'eps' as in the paper, 'v' = sqrt(abar) eps - sqrt(1 - abar) x, or the clean 'x',
-              which suits a model that is narrower than its input
+              which a small model learns faster
     """
 
     def __init__(self, schedule="linear", predict="eps"):
@@ -90,9 +91,9 @@ def timesteps(steps):
 def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None, progress=iter):
     """DDIM (Song et al. 2021, equation 12) from noise x (B, ...) to a clean sample of the same shape.
 
-    denoise(x_t, t) returns what the model predicts for timesteps t (B,). eta 0 is deterministic, 1 is ancestral; its
-    noise comes from `generators`, one a sample. bounds: the (low, high) between which the clean x lies. progress wraps
-    the list of steps, as tqdm does.
+    denoise(x_t, t) returns what the model predicts for timesteps t (B,). eta: 0 adds no noise, so the same start gives
+    the same sample; 1 adds as much in each step as the original sampler (DDPM), from `generators`, one a sample.
+    bounds: the (low, high) between which the clean x lies. progress wraps the list of steps, as tqdm does.
     """
     times = timesteps(steps)
     abars = diffusion.abar[times]
@@ -110,7 +111,7 @@ def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None,
 
 
 def dpm(denoise, x, diffusion, steps=20, eta=0.0, generators=None, bounds=None, progress=iter):
-    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order in the log signal-to-noise ratio, one call a step.
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order in the log signal-to-noise ratio.
 
     The arguments are those of ddim; eta is not used. Its timesteps are evenly spaced in that ratio: if they were in t,
     the last step would span half of the ratio's range.
@@ -129,19 +130,18 @@ def dpm(denoise, x, diffusion, steps=20, eta=0.0, generators=None, bounds=None, 
             return x0
         abar, after = diffusion.abar[time], diffusion.abar[following[time]]
         h = ratio[following[time]] - ratio[time]
-        mean = x0
-        if x0_before is not None:
-            mean = x0 + h / (2 * h_before) * (x0 - x0_before)
-        x = ((1 - after) / (1 - abar)).sqrt() * x - after.sqrt() * torch.expm1(-h) * mean
+        ahead = x0 if x0_before is None else x0 + h / (2 * h_before) * (x0 - x0_before)
+        x = ((1 - after) / (1 - abar)).sqrt() * x - after.sqrt() * torch.expm1(-h) * ahead
         x0_before, h_before = x0, h
-    return x
 
 
 SAMPLERS = {"ddim": ddim, "dpm++": dpm}
 
 
 def guided(predict, condition, nothing, scale):
-    """denoise(x_t, t) with classifier-free guidance, both branches in one batch. predict(x, t, condition)."""
+    """denoise(x_t, t) with classifier-free guidance, from predict(x_t, t, condition): with the condition and without
+    it, in one batch, then `scale` times as far as the difference of the two. Larger scales follow the condition more
+    closely, with less variety. The model can do both because training drops some conditions (--drop)."""
     if scale == 1:
         return lambda x, t: predict(x, t, condition)
     both = torch.cat([condition, nothing])
@@ -158,8 +158,7 @@ def gaussian(generators, like):
     return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DiT: the content model trained from scratch
+# ---- DiT: the content model trained from scratch --------------------------------------------------------------------
 
 
 def sincos_positions(rows, columns, width):
@@ -231,9 +230,9 @@ DIT_SIZES = {  # Peebles & Xie, table 1; "mini" is ours, for the shapes preset
 class DiT(nn.Module):
     """dit(x, t, labels): x (B, C, H, W), t (B,) in 0..999, labels (B,) in 0..classes -> (B, C, H, W).
 
-    Label `classes` means nothing: a dropped label. size: H and W, an int or (H, W), divisible by `patch`. Tensors have
-    the raw DiT files' names, but no variance is predicted. Defaults: DiT-XL/2 on Stable Diffusion's latents of 256x256.
-    `checkpointing = True` recomputes activations in the backward pass.
+    The label `classes` stands for "no class": a dropped label. size: H and W, an int or (H, W), divisible by `patch`.
+    Tensors have the raw DiT files' names, but no variance is predicted. Defaults: DiT-XL/2 on Stable Diffusion's
+    latents of 256x256. `checkpointing = True` recomputes activations in the backward pass.
     """
 
     def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, classes=1000):
@@ -275,17 +274,16 @@ class DiT(nn.Module):
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid[0], p=self.patch, q=self.patch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets and flags
+# ---- Presets and flags ----------------------------------------------------------------------------------------------
 
 PAPER = dict(  # table 7
     patch=2, predict="eps", lr=1e-4, batch_size=256, decay_steps=0, ema=0.999, drop=0.1, save_every=2000,
     preview_every=2000, log_every=50, workers=8,
 )
 PRESETS = {
-    # Unlike the paper: a small DiT that predicts the clean frame, which is what a narrow model does best; a higher
-    # learning rate, which decays; a shorter EMA. In every preset label embeddings start at standard deviation 1: DiT's
-    # 0.02 takes long to grow.
+    # Unlike the paper: a small DiT that predicts the clean frame, which it learns faster; a higher learning rate, which
+    # decays; a shorter EMA (the weights' moving average, which is what sampling uses). In every preset label embeddings
+    # start at PyTorch's standard deviation of 1: DiT's 0.02 takes long to grow.
     "shapes": dict(
         model="mini", patch=4, predict="x", schedule="linear", lr=3e-3, batch_size=16, steps=2200, decay_steps=2200,
         ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
@@ -315,8 +313,7 @@ def flags():
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def load_content(run_dir):
@@ -374,15 +371,13 @@ def main():
     path = f"{args.run_dir}/content.pt"
 
     # Data: content frames, with their labels or captions
-    dataset = data.EncodedClips(args.run_dir, args.data)
+    dataset = data.EncodedClips(args.run_dir, args.data, saved)
     shape, first = dataset.content_shape, saved["step"] if saved else 0  # (C, H, W)
 
     # Model
     if saved:
         model, text_encoder, _, _ = load_content(args.run_dir)
         config = saved["config"]
-        if saved["fingerprint"] != dataset.fingerprint:
-            raise InputError(f"{path} was trained on the encodings of another autoencoder: use another --run-dir")
     else:
         config, model, text_encoder = new_model(args, dataset, rank)
     ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
@@ -391,7 +386,7 @@ def main():
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
-    if saved:  # so far the model has the averages
+    if saved:  # load_content loaded the averaged weights: now the trained ones
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     diffusion = Diffusion(args.schedule, args.predict).to(device)
@@ -449,7 +444,7 @@ def main():
         optimizer.param_groups[0]["lr"] = lr
         if finite := norm.isfinite().item():  # else the step is skipped
             optimizer.step()
-            decay = min(args.ema, (1 + step) / (10 + step))  # short at first, to forget the random start soon
+            decay = min(args.ema, (1 + step) / (10 + step))  # low at first: forgets the initial weights
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 1 - decay)
         optimizer.zero_grad()
@@ -468,8 +463,7 @@ def main():
             preview(args, done, ema, diffusion, condition_of, dataset, device, autocast)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Appendix: Stable Diffusion's U-Net
+# ---- Appendix: Stable Diffusion's U-Net -----------------------------------------------------------------------------
 
 
 class ResBlock(nn.Module):
@@ -615,8 +609,7 @@ class UNet(nn.Module):
         return self.out(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Appendix: Stable Diffusion's text encoders
+# ---- Appendix: Stable Diffusion's text encoders ---------------------------------------------------------------------
 
 START, END = 49406, 49407  # CLIP's tokens around every caption
 
@@ -692,8 +685,7 @@ class TextEncoder(nn.Module):
         return self(tokenize(captions, self.pad).to(self.final_layer_norm.weight.device, non_blocking=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Appendix: loading raw weights
+# ---- Appendix: loading raw weights ----------------------------------------------------------------------------------
 
 
 def build_unet(tensors, path):

@@ -1,6 +1,9 @@
-"""What the scripts share. In order: the embedded moving shapes; reading videos; data sets of videos; writing videos;
-encodings, which stage 1 writes and stages 2 and 3 read; batches; checkpoints and logs; the start and end of a process;
-command-line flags. A clip is a float tensor (3, L, H, W) in [-1, 1]: L frames of H x W pixels.
+"""What the scripts share. Stage 1 (autoencoder.py) turns a clip into one content frame, a picture, and a motion latent,
+a small array. Stages 2 and 3 (content_diffusion.py, motion_diffusion.py) learn to generate these two; sample.py
+generates both and decodes them. A clip is a float tensor (3, L, H, W) in [-1, 1]: L frames of H x W pixels.
+
+In order: the embedded moving shapes; reading videos; data sets of videos; writing videos; encodings, which stage 1
+writes and stages 2 and 3 read; batches; checkpoints and logs; the start and end of a process; command-line flags.
 """
 
 import argparse
@@ -76,8 +79,7 @@ def print_once(text):
         print(text, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Moving shapes: the embedded data set
+# ---- Moving shapes: the embedded data set ---------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle")
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y); y grows downwards
@@ -129,7 +131,7 @@ class MovingShapes(torch.utils.data.Dataset):
         px = x - centre[:, 0, None, None]  # (L, 1, W)
         py = y - centre[:, 1, None, None]  # (L, H, 1)
         # Distance to the edge in pixels, negative inside; the last half pixel is anti-aliased. All shapes have the same
-        # area, 2 reach^2: guidance exaggerates differences between classes, and would make a small shape faint.
+        # area, 2 reach^2: guidance (see sample.py) exaggerates differences, and would make smaller shapes faint.
         if shape == "circle":
             distance = np.hypot(px, py) - (2 / np.pi) ** 0.5 * reach
         elif shape == "square":
@@ -143,8 +145,7 @@ class MovingShapes(torch.utils.data.Dataset):
         return dict(video=video, label=label, caption=f"a{'n' * (name == 'orange')} {name} {shape} moving {move}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading videos
+# ---- Reading videos -------------------------------------------------------------------------------------------------
 
 VIDEO_ENDINGS = tuple(".avi .mp4 .mkv .mov .webm .gif .m4v .mpg .mpeg .wmv .flv .ogv .ts .mts .m2ts .3gp .vob".split())
 # Bicubic, which FFmpeg widens when it shrinks a picture, so that nothing aliases. Accurate rounding, since the fast one
@@ -169,13 +170,13 @@ def find_videos(root):
 
 
 def read_packets(file):
-    """Yields (video stream, packet, when shown) for each coded frame in the file's order, without decoding it; at the
-    end an empty packet. A file that is cut short ends there."""
+    """Yields (video stream, packet, when shown) for each coded frame in the file's order, without decoding it. The last
+    packet is empty and flushes the decoder. A truncated file yields what it has."""
     try:
         if isinstance(file, io.BytesIO):
             file.seek(0)
         else:
-            file = os.path.abspath(file)  # with which no name looks like a protocol ("12:30.mp4")
+            file = os.path.abspath(file)  # FFmpeg would read the start of "12:30.mp4" as a protocol
         container = av.open(file, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as e:
         raise BadVideo(getattr(e, "strerror", None) or str(e)) from None
@@ -192,7 +193,7 @@ def read_packets(file):
 @functools.lru_cache(maxsize=8)  # for films of many hours
 def index_video(file, changed):
     """(time of each frame, whether it is a key frame), int64 (N,), in the file's order; headers are often wrong about
-    both. changed: when the file was, for the cache."""
+    both. changed: the file's modification time, part of the cache's key."""
     index = [(shown, packet.is_keyframe) for _, packet, shown in read_packets(file) if packet.size]
     return np.array(index, np.int64).reshape(-1, 2).T
 
@@ -212,7 +213,8 @@ def read_clip(file, frames, size=None, stride=1, rng=None):
     times, span = np.sort(shown), (frames - 1) * stride + 1
     if len(times) < span:
         raise BadVideo(f"too short: has {len(times)} frame{'s' * (len(times) != 1)}, {span} needed")
-    for place in [*(rng.random() for _ in range(4 if rng else 0)), 0.0]:  # another start where there is damage
+    # Up to four random starts, the next one if the file is damaged there; last, or without rng, the first frame.
+    for place in [*(rng.random() for _ in range(4 if rng else 0)), 0.0]:
         start = times[int(place * (len(times) - span + 1))]
         key = max(np.flatnonzero(is_key & (shown <= start)), default=0)
         try:
@@ -242,8 +244,8 @@ def to_rgb(frames, size):
         if frame.is_corrupt:
             raise ValueError("frames are corrupt")
         if not clip:
-            # x is shown at a x + c y, and y at b x + d y, times 65536. frame.rotation (which is 180 for mirrored) alone
-            # does not tell, but in PyAV 18 a frame whose side data is looked at stays in memory for long.
+            # (x, y) is shown at (a x + c y, b x + d y), in units of 1/65536. frame.rotation cannot tell mirroring from
+            # a half turn. Read only if needed: PyAV 18 keeps frames whose side data was read in memory for long.
             matrix = frame.rotation and frame.side_data.get("DISPLAYMATRIX")
             a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
             sideways = abs(a) + abs(d) < abs(b) + abs(c)
@@ -262,8 +264,7 @@ def to_rgb(frames, size):
     return np.ascontiguousarray(clip[:, :: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets of video files
+# ---- Data sets of video files ---------------------------------------------------------------------------------------
 
 
 class VideoFiles(torch.utils.data.Dataset):
@@ -286,7 +287,7 @@ class VideoFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         index, number = key if isinstance(key, tuple) else (key, 0)
-        index = range(len(self))[index]
+        index = range(len(self))[index]  # IndexError beyond the end
         others = np.random.default_rng([self.seed, index, number, 1]).integers(len(self), size=19).tolist()
         for chosen in [index, *others] if self.replace else [index]:
             file, label, caption = self.locate(chosen)
@@ -307,8 +308,8 @@ class VideoFolder(VideoFiles):
     """Videos in class folders, as UCF-101 has them: root/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi.
 
     A class is a first-level folder of `root` (its files may lie deeper), numbered in alphabetical order; a caption is
-    its name in words ("apply eye makeup"). Without class folders the label is 0 and the caption "". split: the path of
-    a list such as UCF-101's trainlist01.txt; only the files it lists are used.
+    its name in words ("apply eye makeup"). Without class folders the label is 0 and the caption ""; with them, files
+    outside are left out. split: the path of a list such as UCF-101's trainlist01.txt; only its files are used.
     """
 
     def __init__(self, root, frames, size, split=None, stride=1, seed=0):
@@ -320,6 +321,8 @@ class VideoFolder(VideoFiles):
             files = [file for file in files if os.path.splitext(file)[0].replace(os.sep, "/") in listed]
             print_once(f"{split}: {len(files)} of its {len(listed)} videos are in {root}")
         self.files = [file for file in files if class_of[file] or not self.classes]
+        if len(self.files) < len(files):
+            print_once(f"{root}: {len(files) - len(self.files)} videos outside its class folders are left out")
         if not self.files:
             raise InputError(f"{root}: no such folder, or no videos in it{f' that {split} lists' if split else ''}; "
                              f"looked for {' '.join(VIDEO_ENDINGS)}")
@@ -346,9 +349,7 @@ class CaptionedVideos(VideoFiles):
 
     def __init__(self, csv, root, frames, size, stride=1, seed=0):
         self.csv, self.root = str(csv), os.path.dirname(os.path.abspath(csv)) if root is None else str(root)
-        self.tars = sorted(glob.glob(f"{glob.escape(self.csv)}/*.tar"))
-        if self.csv.endswith(".tar"):
-            self.tars = [self.csv]
+        self.tars = [self.csv] if csv.endswith(".tar") else sorted(glob.glob(f"{glob.escape(self.csv)}/*.tar"))
         if self.tars:
             with concurrent.futures.ProcessPoolExecutor(8) as pool:  # millions of headers, read by Python
                 rows = [[tar, *row] for tar, rows in enumerate(pool.map(scan_tar, self.tars)) for row in rows]
@@ -422,8 +423,7 @@ def scan_tar(path):
     return [[*video, *texts.get(key, (0, 0))] for key, video in videos.items()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing videos and pictures
+# ---- Writing videos and pictures ------------------------------------------------------------------------------------
 
 
 def to_uint8(video):
@@ -449,8 +449,8 @@ def tile(videos, columns, gap=2, colour=0):
 
 def write_video(path, video, fps):
     """Writes a video, float (C, L, H, W) in [-1, 1] or uint8 (L, H, W, 3), or a list of them side by side in rows of 6.
-    The ending chooses: .mp4, H.264 that plays everywhere (odd sides grow by one pixel, which repeats the edge), or .gif,
-    256 colours chosen for this video, without dithering, so that what stands still does not flicker."""
+    The ending chooses: .mp4, H.264 that plays everywhere (odd sides grow by one pixel, which repeats the edge), or
+    .gif, 256 colours chosen for this video, without dithering, so that what stands still does not flicker."""
     video = tile(video, min(6, len(video))) if isinstance(video, list) else to_uint8(video)
     ending = os.path.splitext(path)[1].lower()
     if ending not in (".mp4", ".gif"):
@@ -545,11 +545,11 @@ def open_shard(run_dir, number, check=False):
 class EncodedClips(torch.utils.data.Dataset):
     """The encodings of a run folder. Items: content (C, H, W) and motion (D, L, H'+W') float32, label int, caption str.
 
-    InputError where they are not complete, not of `data`, of another autoencoder than the run folder's, or damaged
-    (checksums are compared where there are fewer than 10,000 clips).
+    InputError where they are not complete, not of `data`, of another autoencoder than the run folder's or that of the
+    `resumed` checkpoint, or damaged (checksums are compared where there are fewer than 10,000 clips).
     """
 
-    def __init__(self, run_dir, data=None):
+    def __init__(self, run_dir, data=None, resumed=None):
         state, encode = load_checkpoint(f"{run_dir}/autoencoder.pt", "autoencoder"), f"--run-dir {run_dir} --encode`"
         if state["encodings"] is None:
             raise InputError(f"{run_dir} has no complete encodings: make them with `python autoencoder.py {encode}")
@@ -557,6 +557,9 @@ class EncodedClips(torch.utils.data.Dataset):
             raise InputError(f"the encodings in {run_dir} are of {state['args']['data']}, not of {data}: drop --data, "
                              "or train `autoencoder.py` on it in another --run-dir")
         self.run_dir, self.classes, self.fingerprint = run_dir, state["classes"], state["fingerprint"]
+        if resumed and resumed["fingerprint"] != self.fingerprint:
+            raise InputError(f"the {resumed['stage']} model in {run_dir} was trained on the encodings of another "
+                             "autoencoder: use another --run-dir")
         self.motion_mean, self.motion_std = state["model"]["motion_mean"], state["model"]["motion_std"]  # (D, 1, 1)
         self.starts = np.cumsum([0, *state["encodings"]])  # state["encodings"]: the number of clips in each shard
         for number in range(len(state["encodings"])):
@@ -579,8 +582,7 @@ class EncodedClips(torch.utils.data.Dataset):
         return item | dict(label=int(shard.get_slice("label")[row]), caption=captions[row])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches --------------------------------------------------------------------------------------------------------
 
 
 def batch_keys(indices, batch_size, seed, step, rank, world):
@@ -621,8 +623,8 @@ def load(dataset, keys, workers, collate=None):
     loader = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=min(workers, cores), collate_fn=collate,
         worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
-    # torch's handler raises the death of a worker wherever the main process happens to be, even while it reports
-    # another error. Without the handler the loader notices by itself, within 5 seconds.
+    # torch's handler raises a worker's death at any point of the main process, even while it reports another error.
+    # Without the handler the loader notices by itself, within 5 seconds.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return loader
 
@@ -637,8 +639,8 @@ def ignore_signals(_):
 def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0):
     """(data set, training indices or None for endless, test set, test indices) of what --data names: 'shapes', a folder
     of videos, a CSV, a .tar or a folder of them; or, with `captions` (a CSV), the folder that its paths start from.
-    Test clips are those of testlistNN.txt where --split is trainlistNN.txt and the other lies beside it; otherwise one
-    file in fifty, at most 64, is kept out of training."""
+    Test clips, in random order, are those of testlistNN.txt where --split is trainlistNN.txt and the other lies beside
+    it; otherwise one file in fifty, at most 64, is kept out of training. seed: of training, which it depends on."""
     if data == "shapes":
         test = MovingShapes(frames, size, seed, split="test")
         return MovingShapes(frames, size, seed), None, test, range(len(test))
@@ -651,16 +653,15 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
         other = split and split.replace("trainlist", "testlist")
         if split != other and os.path.exists(other):
             test = VideoFolder(data, frames, size, other, stride, seed)
-            return dataset, range(len(dataset)), test, range(len(test))
+            return dataset, range(len(dataset)), test, np.random.default_rng(seed).permutation(len(test))
     kept = min(64, len(dataset) // 50) or int(len(dataset) > 3)
     if not kept:
         print_once(f"{data}: too few videos to keep one out of training: test clips are training clips")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
-    return dataset, np.sort(order[kept:]), dataset, np.sort(order[:kept] if kept else order)
+    return dataset, np.sort(order[kept:]), dataset, order[:kept] if kept else order
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder: checkpoints and logs
+# ---- The run folder: checkpoints and logs ---------------------------------------------------------------------------
 
 SCRIPTS = {"autoencoder": "autoencoder.py", "content": "content_diffusion.py", "motion": "motion_diffusion.py"}
 
@@ -672,8 +673,8 @@ def save_checkpoint(path, state):
             with atomic_write(path) as temporary:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-            raise InputError(f"cannot save {path} ({str(e).splitlines()[0]}): is the disk full? An earlier checkpoint is "
-                             "whole: free some space and go on with --resume") from None
+            raise InputError(f"cannot save {path} ({str(e).splitlines()[0]}): is the disk full? An earlier checkpoint "
+                             "is whole: free some space and go on with --resume") from None
 
 
 def load_checkpoint(path, stage):
@@ -694,14 +695,14 @@ def load_checkpoint(path, stage):
 
 class Progress:
     """What a training loop reports, in a CSV and beside its bar, and requests to stop: Ctrl-C and SIGTERM ask it to
-    save and end, a second Ctrl-C ends it at once. state() is what checkpoints keep."""
+    save and end, a second Ctrl-C ends it at once."""
 
     def __init__(self, args, stage, step, device, saved=None):
-        saved = saved or dict(loss_sum=0.0, skipped=0, skipped_in_a_row=0, rows=[])
+        saved = saved or dict(loss_sum=0.0, summed=0, skipped=0, skipped_in_a_row=0, rows=[])
         self.args, self.path, self.since, self.clock = args, f"{args.run_dir}/{stage}.csv", step, time.perf_counter()
-        self.loss_sum = torch.tensor(saved["loss_sum"], device=device)
+        self.loss_sum, self.summed = torch.tensor(saved["loss_sum"], device=device), saved["summed"]
         self.skipped, self.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
-        # A run that is made longer: without the row of its last step, which unbroken runs do not have.
+        # When a finished run gets more steps: without the row of its old last step, which unbroken runs do not have.
         self.rows = [row for row in saved["rows"]
                      if row["step"] % args.log_every == 0 or row["step"] % args.preview_every == 0]
         os.makedirs(f"{args.run_dir}/previews", exist_ok=True)
@@ -724,7 +725,7 @@ class Progress:
         """finite: whether the gradient was; if not, the step was skipped. InputError after five of those in a row."""
         self.now = time.perf_counter()
         if finite:
-            self.loss_sum, self.skipped_in_a_row = self.loss_sum + loss, 0
+            self.loss_sum, self.summed, self.skipped_in_a_row = self.loss_sum + loss, self.summed + 1, 0
             return
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row == 5:
@@ -732,21 +733,23 @@ class Progress:
                              "data; the last checkpoint, if there is one, holds good weights")
 
     def state(self):
-        if WORLD > 1:  # the mean over the ranks
+        """What checkpoints keep. Every rank must call it: it averages the loss over the ranks."""
+        if WORLD > 1:
             torch.distributed.all_reduce(self.loss_sum)
             self.loss_sum /= WORLD
-        return dict(loss_sum=self.loss_sum.item(), skipped=self.skipped, skipped_in_a_row=self.skipped_in_a_row,
-                    rows=self.rows)
+        return dict(loss_sum=self.loss_sum.item(), summed=self.summed, skipped=self.skipped,
+                    skipped_in_a_row=self.skipped_in_a_row, rows=self.rows)
 
     def write(self, bar, step, **values):
         """A row: the mean loss since the last multiple of --log-every, the speed, and values."""
-        loss = self.state()["loss_sum"] / (step % self.args.log_every or self.args.log_every)
+        loss = self.state()["loss_sum"] / max(1, self.summed)
         speed = (step - self.since) * self.args.batch_size / (self.now - self.clock)
         row = dict(step=step, loss=loss, skipped=self.skipped, clips_per_second=speed, **values)
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} clips/s")
         self.rows.append({name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()})
         if step % self.args.log_every == 0:
-            self.loss_sum, self.since, self.clock = torch.zeros_like(self.loss_sum), step, time.perf_counter()
+            self.loss_sum, self.summed = torch.zeros_like(self.loss_sum), 0
+            self.since, self.clock = step, time.perf_counter()
         if RANK == 0:
             with atomic_write(self.path) as temporary, open(temporary, "w", newline="") as file:
                 table = csv.DictWriter(file, dict.fromkeys(name for row in self.rows for name in row))
@@ -754,8 +757,7 @@ class Progress:
                 table.writerows(self.rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The start and the end of a process
+# ---- The start and the end of a process -----------------------------------------------------------------------------
 
 
 def start(args):
@@ -787,8 +789,9 @@ def keep_freed_memory():
 
 
 def launch(main):
-    """Calls a script's main(). What the user or the machine did is reported in one line: an InputError, a path that
-    cannot be used, a full disk, a killed loader process, the end of another rank. Ctrl-C ends with status 130."""
+    """Calls a script's main(). Errors caused by the user's input or the machine are reported in one line, without a
+    traceback: an InputError, an unusable path, a full disk, a killed loader process, the end of another rank. Ctrl-C
+    ends with status 130."""
     name = os.path.basename(sys.argv[0])
     warnings.formatwarning = lambda message, *_, **__: f"{name}: {message}\n"
     try:
@@ -802,7 +805,7 @@ def launch(main):
             line = line.split("InputError: ")[-1]  # from a loader's process, whose traceback stands before it
         elif line.startswith("DataLoader worker"):
             line += ". Memory may have run out: use fewer --workers, and go on with --resume"
-        elif isinstance(e, torch.distributed.DistError) or "gloo" in line:
+        elif WORLD > 1 and (isinstance(e, torch.distributed.DistError) or "gloo" in line):
             line = f"lost the other ranks; the one that ended first says why ({line[-150:]})"
         elif not isinstance(e, SafetensorError) and not (
                 isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))):
@@ -817,8 +820,7 @@ def launch(main):
             torch.distributed.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command-line flags
+# ---- Command-line flags ---------------------------------------------------------------------------------------------
 
 
 class Flags(argparse.ArgumentParser):
@@ -838,7 +840,7 @@ class Flags(argparse.ArgumentParser):
         raise argparse.ArgumentTypeError(f"{text} must be a {'whole ' * (kind is int)}number from {low} to {high:g}")
 
     def format_help(self):
-        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())  # that is, none
+        return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())  # flags without a default
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
@@ -871,7 +873,7 @@ class Flags(argparse.ArgumentParser):
         add("--dtype", choices=["float32", "bfloat16"],
             help="of the model's arithmetic, not of its weights (default: bfloat16 on a GPU, float32 on a CPU)")
         add("--compile", action="store_true", help="torch.compile the model")
-        add("--checkpointing", action="store_true", help="less memory, a third more time")
+        add("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
         add("--log-every", type="count", help="steps between rows of the log")
         add("--save-every", type="count", help="steps between checkpoints")
         add("--preview-every", type="count", help="steps between pictures in previews/")
@@ -883,20 +885,21 @@ class Flags(argparse.ArgumentParser):
         torchrun's restarts. InputError where a checkpoint would be overwritten, or resumed as another model."""
         self.set_defaults(**presets["shapes"])  # for --help
         given, _ = self.parse_known_args()
-        first, preset = f"{given.run_dir}/autoencoder.pt", given.preset or "shapes"
-        if not given.preset and os.path.exists(first):
-            preset = load_checkpoint(first, "autoencoder")["args"]["preset"]
+        autoencoder, preset = f"{given.run_dir}/autoencoder.pt", given.preset or "shapes"
+        if not given.preset and os.path.exists(autoencoder):
+            preset = load_checkpoint(autoencoder, "autoencoder")["args"]["preset"]
         run_dir, encode = given.run_dir or f"runs/{preset}", getattr(given, "encode", False)
         path, saved = f"{run_dir}/{stage}.pt", None
         if os.path.exists(path) and not given.resume and not encode:
             raise InputError(f"{path} exists: --resume goes on with it, another --run-dir starts a new run")
         if os.path.exists(path) or encode:
             saved = load_checkpoint(path, stage)
+        # None for all that the presets fill, then the checkpoint's values or else the preset's; the command line wins.
         self.set_defaults(**dict.fromkeys(presets["shapes"]) | (saved["args"] if saved else presets[preset]))
         self.set_defaults(resume=False, encode=False)
         args = self.parse_args()
         args.run_dir, args.preset = run_dir, args.preset or preset
-        for name in {"preset", *saved["config"]} & vars(args).keys() if saved else ():
+        for name in {"preset", "predict", "schedule", *saved["config"]} & vars(args).keys() if saved else ():
             if getattr(args, name) != saved["args"][name]:
                 raise InputError(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
                                  f"{getattr(args, name)}: drop that flag, or choose another --run-dir")

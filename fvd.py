@@ -38,8 +38,7 @@ from tqdm import tqdm
 import data
 from autoencoder import read_checkpoint
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Frechet distance
+# ---- The Frechet distance -------------------------------------------------------------------------------------------
 
 
 class Statistics:
@@ -116,7 +115,7 @@ def same_pad(x, kernel, stride):
 
 def max_pool(x, kernel, stride):
     """'Same' max-pooling of (B, C, T, H, W) >= 0."""
-    x = same_pad(x, kernel, stride)  # the zeros win over nothing
+    x = same_pad(x, kernel, stride)  # x >= 0: padding with zeros changes no maximum
     for axis, (k, s) in enumerate(zip(kernel, stride), start=2):  # one by one: 3x F.max_pool3d's speed on a CPU
         if k > 1:
             x = x.unfold(axis, k, s).amax(-1)
@@ -263,8 +262,7 @@ def load_detector(path, device="cpu"):
     return Detector(network, kind, checksum, device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sets of videos
+# ---- Sets of videos -------------------------------------------------------------------------------------------------
 
 
 def natural(name):
@@ -377,8 +375,7 @@ def for_each_video(videos, read, score, args, label):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# FVD, CLIPSIM and the command line
+# ---- FVD, CLIPSIM and the command line ------------------------------------------------------------------------------
 
 
 def statistics(videos, label, detector, size, args):
@@ -477,7 +474,7 @@ def main(argv=None):
     torch.backends.cudnn.deterministic = True  # the same number in every run,
     torch.backends.cudnn.allow_tf32 = False  # and on every GPU
     torch.set_float32_matmul_precision("highest")
-    if args.save and not os.access(os.path.dirname(args.save) or ".", os.W_OK):  # said now, not after an hour
+    if args.save and not os.access(os.path.dirname(args.save) or ".", os.W_OK):  # checked before the long computation
         raise data.InputError(f"--save {args.save}: no such folder, or it is read-only")
     if args.clipsim:
         line = clipsim_line(VideoSet(args.fake or args.real, args), args)

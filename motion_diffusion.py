@@ -1,4 +1,4 @@
-"""Stage 3, motion diffusion: learns to draw a clip's motion latent from noise, given its content frame and c.
+"""Stage 3, motion diffusion: learns to generate motion latents from noise, given a content frame and a class or text.
 
 Equation 8 and table 6 of the paper. In: motion latents (B, D, L, H'+W') and content frames (B, C, H, W) that stage 1
 encoded, with labels or captions. Out: a diffusion model p(motion | content, c): a DiT that reads the content frame's
@@ -9,8 +9,8 @@ patches as further tokens.
     torchrun --nproc-per-node 8 motion_diffusion.py --run-dir runs/webvid_sd21 --text v2-1_512-ema-pruned.safetensors
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 motion_diffusion.py ...
 
-It needs nothing from stage 2: train both side by side. Where we differ from the authors' release, whose script does not
-parse: positions that fit the grid, which is not square; the condition is used; EMA 0.999 as the paper says.
+It needs nothing from stage 2: train both side by side. The authors' script for this stage has a syntax error. Where we
+differ from it: positions fit the grid, which is not square; the class or text is used; EMA 0.999, as the paper says.
 """
 
 import copy
@@ -29,8 +29,7 @@ from autoencoder import load_autoencoder, to_pixels
 from content_diffusion import Diffusion, ddim, load_text_encoder, open_text_encoder
 from data import InputError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The motion model. Its blocks are those of content_diffusion.py's DiT, repeated so that this file reads alone.
+# ---- The motion model, with its own copy of DiT's blocks, so that the whole model is in one place --------------------
 
 
 def sincos_positions(rows, columns, width):
@@ -85,8 +84,9 @@ SIZES = {  # DiT's (Peebles & Xie, table 1); "mini" is ours, for the shapes pres
 class MotionDiT(nn.Module):
     """model(motion, t, content, condition) -> (B, D, L, H'+W'), the noise in the motion latent, or what --predict says.
 
-    motion (B, D, L, H'+W') noisy and normalised per channel, t (B,) in 0..999, content (B, C, H, W), condition: labels
-    (B,) in 0..classes, where `classes` means nothing, or with `text` features (B, text), the mean over tokens of the
+    motion (B, D, L, H'+W') noisy and normalised per channel: a picture of L rows (time) and H'+W' columns, first one
+    for each row of patches, then one for each column. t (B,) in 0..999, content (B, C, H, W), condition: labels (B,) in
+    0..classes, of which the last stands for "no class", or with `text` features (B, text), the mean over tokens of the
     text encoder's hidden states.
 
     motion_channels, frames, columns: D, L and H'+W'; L and the columns may be any number >= 1, the grid is padded to
@@ -142,8 +142,7 @@ class MotionDiT(nn.Module):
         return x[:, :, : self.frames, : self.columns]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets and flags
+# ---- Presets and flags ----------------------------------------------------------------------------------------------
 
 PAPER = dict(  # table 6
     patch=2, predict="eps", schedule="linear", lr=1e-4, batch_size=256, decay_steps=0, ema=0.999, drop=0.1,
@@ -180,8 +179,7 @@ def flags():
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def load_motion(run_dir):
@@ -208,7 +206,7 @@ def new_model(args, dataset):
 
 @torch.no_grad()
 def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast):
-    """Draws motion for 8 stored content frames (4 of latents) by 25 DDIM steps, without guidance."""
+    """Writes a picture of 8 clips (4 where frames are latents): stored content frames, motion by 25 DDIM steps."""
     autoencoder, image, _ = load_autoencoder(args.run_dir, device)
     batch = torch.utils.data.default_collate([dataset[i] for i in range(min(4 if image else 8, len(dataset)))])
     content = batch["content"].to(device)
@@ -227,7 +225,7 @@ def main():
     path = f"{args.run_dir}/motion.pt"
 
     # Data: motion latents and content frames, with their labels or captions; the mean and deviation of the latents
-    dataset = data.EncodedClips(args.run_dir, args.data)
+    dataset = data.EncodedClips(args.run_dir, args.data, saved)
     shape, first = dataset.motion_shape, saved["step"] if saved else 0  # (D, L, H'+W')
     motion_mean, motion_std = dataset.motion_mean.to(device), dataset.motion_std.to(device)
 
@@ -235,8 +233,6 @@ def main():
     if saved:
         model, text_encoder, _, _ = load_motion(args.run_dir)
         config = saved["config"]
-        if saved["fingerprint"] != dataset.fingerprint:
-            raise InputError(f"{path} was trained on the encodings of another autoencoder: use another --run-dir")
     else:
         config, model, text_encoder = new_model(args, dataset)
     ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
@@ -245,7 +241,7 @@ def main():
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
     optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
-    if saved:  # so far the model has the averages
+    if saved:  # load_motion loaded the averaged weights: now the trained ones
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     diffusion = Diffusion(args.schedule, args.predict).to(device)
@@ -305,7 +301,7 @@ def main():
         optimizer.param_groups[0]["lr"] = lr
         if finite := norm.isfinite().item():  # else the step is skipped
             optimizer.step()
-            decay = min(args.ema, (1 + step) / (10 + step))  # short at first, to forget the random start soon
+            decay = min(args.ema, (1 + step) / (10 + step))  # low at first: forgets the initial weights
             with torch.no_grad():
                 torch._foreach_lerp_(averages, weights, 1 - decay)
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """Sampling: noise -> content frame -> motion latent -> clip. Algorithm 1 and appendix B.4 of the paper.
 
-Reads the three checkpoints of a run folder and nothing else. Writes one .mp4 a clip, captions.txt with a line a clip,
-and for people to look at samples.gif and samples.png.
+Reads the checkpoints that it needs from a run folder, and what --image or --data names. Writes one .mp4 a clip,
+captions.txt with a line a clip, and samples.gif and samples.png, an overview to look at.
 
     python sample.py                                                 # two clips of each class of runs/shapes
     python sample.py --run-dir runs/ucf101 --label Archery --num 4
@@ -9,7 +9,8 @@ and for people to look at samples.gif and samples.png.
     python sample.py --run-dir runs/webvid_sd21 --prompt "waves" --image photo.jpg       # animate a picture
     python sample.py --run-dir runs/ucf101 --reconstruct --num 2048  # table 4a: real/ and fake/ for fvd.py
 
-A guidance scale s means eps = s eps(c) + (1 - s) eps(nothing): the paper's w is s - 1, and s = 1 is no guidance.
+A guidance scale s means eps = s eps(c) + (1 - s) eps(nothing): the paper's w is s - 1, and s = 1 is no guidance. The
+same formula holds where the model predicts x or v.
 """
 
 import concurrent.futures
@@ -34,21 +35,27 @@ class Sampler:
     def __init__(self, args, device, dtype):
         self.args, self.device, self.dtype = args, device, dtype
         self.autoencoder, self.image, self.state = load_autoencoder(args.run_dir, device)
+        self.unfinished = []
         self.check("autoencoder", self.state)
         needs_motion = not args.reconstruct
         needs_content = needs_motion and not args.predict_motion and not args.image
         self.content = self.load("content", load_content) if needs_content else None
         self.motion = self.load("motion", load_motion) if needs_motion else None
+        if self.content and self.motion and bool(self.content.text) != bool(self.motion.text):
+            raise InputError(f"one of content.pt and motion.pt in {args.run_dir} is conditioned on classes, the other "
+                             "on text: train one of them again")
         if args.compile:
             for module in filter(None, (self.autoencoder, self.image)):
                 module.decoder.compile(dynamic=False)
 
     def check(self, stage, state):
+        if self.state["fingerprint"] is None:
+            raise InputError(f"{self.args.run_dir} has no complete encodings: finish autoencoder.py first")
         if state["fingerprint"] != self.state["fingerprint"]:
             raise InputError(f"{self.args.run_dir}/{stage}.pt was trained on the encodings of another autoencoder than "
                              f"{self.args.run_dir}/autoencoder.pt: train it again in another --run-dir")
         if state["step"] < state["args"]["steps"]:
-            print(f"{self.args.run_dir}/{stage}.pt is unfinished: step {state['step']} of {state['args']['steps']}")
+            self.unfinished.append(f"{stage}.pt is unfinished: step {state['step']} of {state['args']['steps']}")
 
     def load(self, stage, load_stage):
         model, text_encoder, diffusion, state = load_stage(self.args.run_dir)
@@ -109,8 +116,7 @@ class Sampler:
             generators, bounds, lambda steps: tqdm(steps, desc=name, leave=False, disable=None))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
+# ---- Flags ----------------------------------------------------------------------------------------------------------
 
 DEFAULTS = {  # by the run's preset: guidance scales of content and motion. The paper's w is 4 on UCF-101, 7.5 for text.
     "shapes": dict(guidance=2.0, motion_guidance=1.5),
@@ -157,7 +163,7 @@ def check_flags(args):
     if args.eta and args.sampler != "ddim":
         raise InputError(f"--sampler {args.sampler} is deterministic: drop --eta, or use ddim")
     if args.reconstruct and args.predict_motion or args.prompt is not None and args.prompts:
-        raise InputError("--reconstruct and --predict-motion, --prompt and --prompts: give one of the two")
+        raise InputError("give only one of --reconstruct and --predict-motion, and only one of --prompt and --prompts")
     if max(args.steps, args.motion_steps) > 1000:
         raise InputError("--steps and --motion-steps are at most 1000, the number of noise levels in training")
     real = args.reconstruct or args.predict_motion
@@ -168,7 +174,7 @@ def check_flags(args):
 
 
 def read_wishes(args, with_text, classes):
-    """What each clip shall show: (labels or prompts, captions), one a clip."""
+    """What each clip is to show: (labels or prompts, captions), one a clip."""
     if with_text:
         prompts = [args.prompt] if args.prompt is not None else data.read_lines(args.prompts) if args.prompts else []
         if args.label is not None or not prompts:
@@ -221,6 +227,8 @@ def main():
     check_flags(args)
     rank, world, device, dtype = data.start(args)
     sampler = Sampler(args, device, dtype)
+    for line in sampler.unfinished if rank == 0 else ():
+        print(f"{args.run_dir}/{line}")
     trained = sampler.state["args"]
     for name, value in DEFAULTS[trained["preset"]].items():
         if getattr(args, name) is None:
@@ -230,7 +238,7 @@ def main():
     real = None
     if args.reconstruct or args.predict_motion:
         _, _, real, test = data.open_dataset(args.data or trained["data"], trained["frames"], size, trained["stride"],
-                                             trained["split"], trained["captions"], args.seed)
+                                             trained["split"], trained["captions"], trained["seed"])
         wishes, captions = [int(n) for n in test[: args.num or 24]], {}
         if rank == 0 and len(wishes) < (args.num or 0):
             print(f"{len(wishes)} clips, not {args.num}: the test set has no more")

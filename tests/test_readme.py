@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import glob
 import importlib
-import json
 import os
 import re
 import shlex
@@ -43,8 +42,9 @@ TINY = {  # script: what is added to a command's own flags (of two the last one 
     "autoencoder.py": TRAINING + "{clip} --width 16 --depth 1 --heads 2 --clips 4",
     "content_diffusion.py": TRAINING + "{content}",
     "motion_diffusion.py": TRAINING + "--model mini",
-    "sample.py": "--num 2 --batch-size 1 --steps 2 --motion-steps 2",
-    "fvd.py": "--num 2 --frames 9 --cache cache",  # 9: the fewest that I3D takes
+    "sample.py": "-n 2 --batch-size 1 --steps 2 --motion-steps 2",
+    "tools/cost.py": "--steps 2 --motion-steps 2",
+    "fvd.py": "-n 2 --frames 9",  # 9: the fewest that I3D takes
 }
 OF_PRESET = {  # what stands for the braces above, by the preset of the command's run
     "shapes": dict(clip="--size 16 --frames 9", content="--model mini"),
@@ -53,7 +53,7 @@ OF_PRESET = {  # what stands for the braces above, by the preset of the command'
     "webvid_sd21": dict(clip="--size 64 128 --frames 4", content=""),
 }
 LEAVES = {  # script: files that it promises
-    "autoencoder.py": ["{run}/autoencoder.pt", "{run}/autoencoder.csv", "{run}/encodings/index.json",
+    "autoencoder.py": ["{run}/autoencoder.pt", "{run}/autoencoder.csv", "{run}/encodings/shard-00000.safetensors",
                        "{run}/previews/autoencoder-000002.png"],
     "content_diffusion.py": ["{run}/content.pt", "{run}/content.csv", "{run}/previews/content-000002.png"],
     "motion_diffusion.py": ["{run}/motion.pt", "{run}/motion.csv", "{run}/previews/motion-000002.png"],
@@ -62,14 +62,16 @@ LEAVES = {  # script: files that it promises
 SAYS = {  # script: what it promises to print
     "autoencoder.py": r"encoded \d+ clips",
     "sample.py": r"2 clips in {out};",
-    "fvd.py": r"(FVD|CLIPSIM|PSNR) -?\d.* \| ",
+    "tools/cost.py": r"TFLOPs as the paper counts",
+    "fvd.py": r"(FVD|CLIPSIM) -?\d.* \| ",
 }
 NOT_RUN = {  # how a command begins: why it is not run here
     "pip install": "CI does, with these same lines, before it comes here",
     "ruff check": "CI does, in this same line",
     "python -m pytest": "that is what is running",
-    "python tests/bench.py": "minutes; test_speed.py runs its parts",
-    "python tests/judge.py": "two minutes, and it judges clips of full size only",
+    "mkdir": "what follows it makes the folder",
+    "python tools/bench.py": "minutes; test_speed.py runs its parts",
+    "python tools/judge.py": "two minutes, and it judges clips of full size only",
 }
 
 
@@ -165,11 +167,13 @@ class Command:
 
     @property
     def run(self):
-        return self.value("--run", f"runs/{self.value('--preset', 'shapes')}")
+        return self.value("--run-dir", f"runs/{self.value('--preset', 'shapes')}")
 
     @property
     def makes(self):
         """The folder it fills."""
+        if self.words[0] == "cp":
+            return self.words[-1]
         if self.script == "sample.py":
             return self.value("--out", f"{self.run}/samples")
         return self.run if "diffusion" in (self.script or "") or self.script == "autoencoder.py" else None
@@ -177,6 +181,8 @@ class Command:
     def needs(self, other):
         """Does it read, or make anew, what the `other` command makes?"""
         words = [*self.arguments, *([] if self.script == "fvd.py" else [self.run, self.makes])]
+        if self.words[0] == "cp":
+            words = self.words[1:-1]
         return bool(other.makes) and any(f"{word}/".startswith(f"{other.makes}/") for word in words)
 
 
@@ -218,11 +224,11 @@ def name_of(value):
 
 @functools.cache
 def flags_of(script):
-    """The flags that a script knows; of one without flags(), those that its text adds."""
-    name = script.removesuffix(".py")
+    """The flags that a script knows; of a tool, those that its text adds (cost.py takes sample.py's)."""
+    name = script.removesuffix(".py").replace("tools/cost", "sample")
     if name in SCRIPTS:
         return set(importlib.import_module(name).flags()._option_string_actions)
-    return set(re.findall(r'add_argument\("(--[\w-]+)"', read(script)))
+    return set(re.findall(r'\("(--[\w-]+)"', read(script)))
 
 
 def check_names(command):
@@ -236,8 +242,9 @@ def check_names(command):
         for word in command.launcher:
             if word.startswith("--") and word != "--":
                 assert word.split("=")[0] in get_args_parser()._option_string_actions, f"torchrun has no {word}"
-        if command.script:  # or torchrun takes --run for a flag of its own
-            assert command.launcher[-1] == "--", f"no -- between torchrun's flags and {command.script}"
+        for word in command.arguments:  # also behind the script's name torchrun takes a prefix for a flag of its own
+            assert not any(flag.startswith(word) for flag in get_args_parser()._option_string_actions
+                           if word.startswith("--")), f"torchrun would take {word} for a flag of its own"
     if command.words[:2] == ["pip", "install"]:
         for word in command.words:
             assert not word.endswith(".txt") or os.path.exists(os.path.join(ROOT, word)), f"there is no {word}"
@@ -304,7 +311,8 @@ HINT = ("The tables in tests/test_readme.py say how a README command is made sma
 def why_not_run(command):
     """A reason of NOT_RUN, or None for what is run. Raises AssertionError for what no table knows."""
     reason = next((reason for start, reason in NOT_RUN.items() if f"{command.text} ".startswith(f"{start} ")), None)
-    assert reason or command.script in TINY and not set("|<>&()") & set("".join(command.words)), (
+    known = command.script in TINY or command.words[0] == "cp"
+    assert reason or known and not set("|<>&()") & set("".join(command.words)), (
         f"No table knows how to run this README command:\n    {command.text}\n{HINT}")
     return reason
 
@@ -322,26 +330,30 @@ def lines_for(command, preset, alone):
     call = [command.script, *command.arguments, *tiny]
     if alone or command.words[0] == "python":
         return [[sys.executable, *call]]
-    flags = " ".join(command.launcher[1:-1])
+    flags = " ".join(command.launcher[1:])
     nodes = min(2, int((re.search(r"--nnodes[ =](\d+)", flags) or [0, 1])[1]))
     flags = re.sub(r"(--nnodes)[ =]\d+", rf"\1={nodes}", flags)
     flags = re.sub(r"(--nproc-per-node)[ =]\d+", rf"\1={2 // nodes}", flags)
     flags = re.sub(r"\bHOST:\d+", f"127.0.0.1:{free_port()}", flags)
     if "--rdzv-endpoint" not in flags:
         flags += f" --master-port={free_port()}"  # torchrun's own is the same for all
-    return [[sys.executable, "-m", "torch.distributed.run", *flags.split(), "--", *call]] * nodes
+    return [[sys.executable, "-m", "torch.distributed.run", *flags.split(), *call]] * nodes
 
 
 def perform(command, place, log="log", alone=False):
     """Runs a command in the folder `place`, where the scripts lie, its output into files there that start with `log`.
     Raises AssertionError where it ends badly or does not leave what it promises."""
+    if command.words[0] == "cp":
+        os.makedirs(os.path.join(place, command.makes), exist_ok=True)
+        subprocess.run(command.words, cwd=place, check=True)
+        return
     run = os.path.join(place, command.run)
     if command.script == "autoencoder.py" and "--resume" not in command.arguments:
         shutil.rmtree(run, ignore_errors=True)  # of alternatives, such as one node and two, each starts afresh
     preset = command.value("--preset")
     if not preset and command.script != "fvd.py":
-        with contextlib.suppress(OSError), open(os.path.join(run, "encodings", "index.json")) as file:
-            preset = json.load(file)["preset"]
+        with contextlib.suppress(OSError):
+            preset = torch.load(os.path.join(run, "autoencoder.pt"), weights_only=True, mmap=True)["args"]["preset"]
     lines = lines_for(command, preset or "shapes", alone)
     before = set(glob.glob(f"{run}/samples*"))
     logs = [open(os.path.join(place, f"{log}-{i}.txt"), "w+") for i in range(len(lines))]
@@ -380,7 +392,7 @@ class Performance:
 
     def __init__(self, commands, numbers, place):
         self.commands, self.place, self.outcomes, self.changed = commands, place, {}, threading.Condition()
-        self.needs = [[j for j in range(i) if command.script and command.needs(commands[j])]
+        self.needs = [[j for j in range(i) if (command.script or command.makes) and command.needs(commands[j])]
                       for i, command in enumerate(commands)]
         self.todo = set()
         for i in sorted(numbers, reverse=True):
@@ -440,6 +452,7 @@ def copy_scripts(place):
     """Copies, so that nothing a command writes lands in the repository."""
     for path in glob.glob("*.py", root_dir=ROOT):
         shutil.copy(os.path.join(ROOT, path), place)
+    shutil.copytree(os.path.join(ROOT, "tools"), os.path.join(place, "tools"), dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -448,7 +461,7 @@ def performance(request, tmp_path_factory):
     copy_scripts(place)
     numbers = [item.callspec.params["number"] for item in request.session.items  # those that -k has left
                if getattr(item, "originalname", None) == "test_a_readme_command_runs"]
-    wanted = [number for number in numbers if README[number].script in TINY]
+    wanted = [number for number in numbers if not why_not_run(README[number])]
     for name, make in STANDS_IN.items():
         path = os.path.join(place, name)
         if any(name in command.words for command in README) and not os.path.exists(path):
@@ -478,7 +491,7 @@ def test_commands_are_read_as_a_shell_reads_them():
 # a remark; python no.py
 pip install -r r.txt && python a.py --prompt "a cat, # 1 && only; here" \\
     --num 8        # animates it
-torchrun --nproc-per-node 8 -- b.py; python c.py 'x y'
+torchrun --nproc-per-node 8 b.py; python c.py 'x y'
 ```
 
 ```python
@@ -488,17 +501,17 @@ python d.py
     found = commands(code_blocks(text))
     assert [command.words for command in found] == [
         ["pip", "install", "-r", "r.txt"], ["python", "a.py", "--prompt", "a cat, # 1 && only; here", "--num", "8"],
-        ["torchrun", "--nproc-per-node", "8", "--", "b.py"], ["python", "c.py", "x y"]]
+        ["torchrun", "--nproc-per-node", "8", "b.py"], ["python", "c.py", "x y"]]
     assert [command.script for command in found] == [None, "a.py", "b.py", "c.py"]
 
 
 @pytest.mark.parametrize("line, words", [
-    ("python sample.py --run runs/mine --labl 3", "sample.py has no --labl"),
+    ("python sample.py --run-dir runs/mine --labl 3", "sample.py has no --labl"),
     ("python autoencoder.py && python content_difusion.py", "there is no content_difusion.py"),
-    ("torchrun --nproc-per-nod 8 -- sample.py", "torchrun has no --nproc-per-nod"),
-    ("torchrun --nproc-per-node 8 sample.py --run runs/mine", "no -- between"),
+    ("torchrun --nproc-per-nod 8 sample.py", "torchrun has no --nproc-per-nod"),
+    ("torchrun --nproc-per-node 8 sample.py --num 8", "torchrun would take --num for a flag of its own"),
     ("pip install -r requirement.txt", "there is no requirement.txt"),
-    ("python tests/bench.py --agianst", "bench.py has no --agianst"),
+    ("python tools/bench.py --agianst", "bench.py has no --agianst"),
 ])
 def test_a_name_that_does_not_exist_is_red(line, words):
     with pytest.raises(AssertionError, match=re.escape(words)):
@@ -518,12 +531,12 @@ def test_a_command_that_no_table_knows_is_red(line):
 def test_a_command_that_fails_or_leaves_nothing_is_red_and_so_is_what_needs_it(tmp_path):
     copy_scripts(tmp_path)
     play = Performance(commands("""
-        python sample.py --run runs/nowhere
+        python sample.py --run-dir runs/nowhere
         python fvd.py runs/nowhere/samples shapes --i3d random
         python sample.py --help"""), [1, 2], str(tmp_path))
     try:
         for number, words in enumerate(["sample.py: no runs/nowhere/autoencoder.pt",
-                                        "not run: it needs what failed before: python sample.py --run runs/nowhere",
+                                        "not run: it needs what failed before: python sample.py --run-dir runs/nowhere",
                                         "left no"]):
             assert words in str(play.outcome(number))
     finally:

@@ -196,7 +196,7 @@ MISTAKES = [  # command, words of the one line
     ("sample.py --run-dir {run} --fps 0", "0 must be a whole number from 1"),
     ("sample.py --run-dir {run} --sampler dpm++ --eta 0.5", "deterministic"),
     ("sample.py --run-dir {run} --reconstruct --label square", "--label does not go with real clips: drop it"),
-    ("sample.py --run-dir {run} --reconstruct --predict-motion", "give one of the two"),
+    ("sample.py --run-dir {run} --reconstruct --predict-motion", "give only one of --reconstruct and --predict-motion"),
     ("sample.py --run-dir {run} --out {run}/motion.csv/out", "Not a directory: '{run}/motion.csv/out'"),
 ]
 

@@ -322,7 +322,7 @@ MISTAKES = [  # command, words of the one line
     ("motion_diffusion.py --run-dir {encoded} --text {sd15} --model mini --content-patch 3", "choose another"),
     ("sample.py --run-dir {run}", "say what to draw with --prompt or --prompts"),
     ("sample.py --run-dir {run} --label 3", "is conditioned on text: say what to draw with --prompt"),
-    ("sample.py --run-dir {run} --prompt x --prompts {files}/prompts.txt", "--prompt and --prompts: give one"),
+    ("sample.py --run-dir {run} --prompt x --prompts {files}/prompts.txt", "only one of --prompt and --prompts"),
     ("sample.py --run-dir {run} --prompts {files}/page.ckpt --image {csv}", "cannot be read as a picture"),
 ]
 
