@@ -38,7 +38,6 @@ from data import InputError
 
 # ---- The video autoencoder and its loss -----------------------------------------------------------------------------
 
-
 class FeedForward(nn.Module):
     """GEGLU: a second linear layer gates the hidden units."""
 
@@ -301,7 +300,6 @@ def check_flags(args, saved):
 
 # ---- Encoding the data set, and training ----------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, progress):
     """Encodes the data set into the run folder's shards, the ranks in turn, and sets the model's mean and deviation of
@@ -431,7 +429,7 @@ def main():
     # Data
     dataset, indices, test_set, test = data.open_dataset(args.data, args.frames, args.size, args.stride, args.split,
                                                          args.captions, args.seed)
-    clips = data.batches(dataset, args.batch_size, args.seed, first, args.workers, indices)
+    clips = data.batches(dataset, indices, args.batch_size, args.seed, first, args.workers)
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
     parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
@@ -495,7 +493,6 @@ def main():
 
 
 # ---- Appendix: Stable Diffusion's image autoencoder, and LPIPS ------------------------------------------------------
-
 
 image_norm = partial(nn.GroupNorm, 32, eps=1e-6)
 

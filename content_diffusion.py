@@ -32,7 +32,6 @@ from data import InputError
 
 # ---- Diffusion: noising, loss and samplers --------------------------------------------------------------------------
 
-
 class Diffusion:
     """A model learns to remove noise. Training mixes a clean x with Gaussian noise eps, x_t = sqrt(abar_t) x +
     sqrt(1 - abar_t) eps, and the model guesses eps (or x) from x_t and t. abar_t falls from almost 1 at t = 0, clean,
@@ -159,7 +158,6 @@ def gaussian(generators, like):
 
 
 # ---- DiT: the content model trained from scratch --------------------------------------------------------------------
-
 
 def sincos_positions(rows, columns, width):
     """(rows * columns, width): fixed 2-D sine-cosine positions. The first half of the width depends on the column."""
@@ -315,7 +313,6 @@ def flags():
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
-
 def load_content(run_dir):
     """(DiT or UNet with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU."""
     state = data.load_checkpoint(f"{run_dir}/content.pt", "content")
@@ -409,7 +406,7 @@ def main():
             text_encoder=text_encoder and text_encoder.state(), optimizer=optimizer.state_dict(),
             progress=progress.state()))
 
-    clips = data.batches(dataset, args.batch_size, args.seed, first, args.workers)
+    clips = data.batches(dataset, range(len(dataset)), args.batch_size, args.seed, first, args.workers)
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
     parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
@@ -464,7 +461,6 @@ def main():
 
 
 # ---- Appendix: Stable Diffusion's U-Net -----------------------------------------------------------------------------
-
 
 class ResBlock(nn.Module):
     """(B, inputs, H, W), time embedding (B, 4 width) -> (B, outputs, H, W)."""
@@ -686,7 +682,6 @@ class TextEncoder(nn.Module):
 
 
 # ---- Appendix: loading raw weights ----------------------------------------------------------------------------------
-
 
 def build_unet(tensors, path):
     """The UNet in a Stable Diffusion file's tensors, whose shapes tell its sizes. `path` starts an InputError."""

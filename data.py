@@ -84,14 +84,8 @@ def print_once(text):
 SHAPES = ("circle", "square", "triangle")
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y); y grows downwards
 COLOURS = {  # RGB, 0..1
-    "red": (0.88, 0.35, 0.30),
-    "orange": (0.90, 0.58, 0.28),
-    "yellow": (0.88, 0.84, 0.35),
-    "green": (0.40, 0.78, 0.40),
-    "cyan": (0.38, 0.78, 0.82),
-    "blue": (0.40, 0.55, 0.90),
-    "purple": (0.72, 0.48, 0.90),
-    "white": (0.88, 0.88, 0.88),
+    "red": (0.88, 0.35, 0.30), "orange": (0.90, 0.58, 0.28), "yellow": (0.88, 0.84, 0.35), "green": (0.40, 0.78, 0.40),
+    "cyan": (0.38, 0.78, 0.82), "blue": (0.40, 0.55, 0.90), "purple": (0.72, 0.48, 0.90), "white": (0.88, 0.88, 0.88),
 }
 
 
@@ -173,10 +167,8 @@ def read_packets(file):
     """Yields (video stream, packet, when shown) for each coded frame in the file's order, without decoding it. The last
     packet is empty and flushes the decoder. A truncated file yields what it has."""
     try:
-        if isinstance(file, io.BytesIO):
-            file.seek(0)
-        else:
-            file = os.path.abspath(file)  # FFmpeg would read the start of "12:30.mp4" as a protocol
+        # FFmpeg would read the start of "12:30.mp4" as a protocol.
+        file = io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else os.path.abspath(file)
         container = av.open(file, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as e:
         raise BadVideo(getattr(e, "strerror", None) or str(e)) from None
@@ -250,9 +242,7 @@ def to_rgb(frames, size):
             a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4")[:5].tolist() if matrix else (1, 0, 0, 0, 1)
             sideways = abs(a) + abs(d) < abs(b) + abs(c)
         wide = frame.width * min(max(float(stream.sample_aspect_ratio or 1), 0.1), 10)  # in square pixels
-        H, W = frame.height, round(wide)
-        if size is not None:
-            H, W = pair(size)[::-1] if sideways else pair(size)
+        H, W = (frame.height, round(wide)) if size is None else pair(size)[:: -1 if sideways else 1]
         scale = max(H / frame.height, W / wide)
         height, width = max(H, round(frame.height * scale)), max(W, round(wide * scale))
         picture = scaler.reformat(frame, width, height, "rgb24", **SCALING).to_ndarray()
@@ -265,7 +255,6 @@ def to_rgb(frames, size):
 
 
 # ---- Data sets of video files ---------------------------------------------------------------------------------------
-
 
 class VideoFiles(torch.utils.data.Dataset):
     """What data sets of video files share. A subclass defines locate(index) -> (file for read_clip, label, caption).
@@ -349,7 +338,7 @@ class CaptionedVideos(VideoFiles):
 
     def __init__(self, csv, root, frames, size, stride=1, seed=0):
         self.csv, self.root = str(csv), os.path.dirname(os.path.abspath(csv)) if root is None else str(root)
-        self.tars = [self.csv] if csv.endswith(".tar") else sorted(glob.glob(f"{glob.escape(self.csv)}/*.tar"))
+        self.tars = [self.csv] if self.csv.endswith(".tar") else sorted(glob.glob(f"{glob.escape(self.csv)}/*.tar"))
         if self.tars:
             with concurrent.futures.ProcessPoolExecutor(8) as pool:  # millions of headers, read by Python
                 rows = [[tar, *row] for tar, rows in enumerate(pool.map(scan_tar, self.tars)) for row in rows]
@@ -424,7 +413,6 @@ def scan_tar(path):
 
 
 # ---- Writing videos and pictures ------------------------------------------------------------------------------------
-
 
 def to_uint8(video):
     """Float (C, L, H, W) in [-1, 1], C = 3 or 1 -> np.uint8 (L, H, W, 3). What is uint8 (L, H, W, 3) already stays."""
@@ -557,9 +545,6 @@ class EncodedClips(torch.utils.data.Dataset):
             raise InputError(f"the encodings in {run_dir} are of {state['args']['data']}, not of {data}: drop --data, "
                              "or train `autoencoder.py` on it in another --run-dir")
         self.run_dir, self.classes, self.fingerprint = run_dir, state["classes"], state["fingerprint"]
-        if resumed and resumed["fingerprint"] != self.fingerprint:
-            raise InputError(f"the {resumed['stage']} model in {run_dir} was trained on the encodings of another "
-                             "autoencoder: use another --run-dir")
         self.motion_mean, self.motion_std = state["model"]["motion_mean"], state["model"]["motion_std"]  # (D, 1, 1)
         self.starts = np.cumsum([0, *state["encodings"]])  # state["encodings"]: the number of clips in each shard
         for number in range(len(state["encodings"])):
@@ -567,6 +552,9 @@ class EncodedClips(torch.utils.data.Dataset):
             if settings["fingerprint"] != self.fingerprint:
                 raise InputError(f"the encodings in {run_dir} were made by another autoencoder than its autoencoder.pt"
                                  f": encode again with `python autoencoder.py {encode}")
+        if resumed and resumed["fingerprint"] != self.fingerprint:
+            raise InputError(f"the {resumed['stage']} model in {run_dir} was trained on the encodings of another "
+                             "autoencoder: use another --run-dir")
         self.content_shape, self.motion_shape = (
             tuple(shard.get_slice(name).get_shape()[1:]) for name in ("content", "motion"))
 
@@ -583,7 +571,6 @@ class EncodedClips(torch.utils.data.Dataset):
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
-
 
 def batch_keys(indices, batch_size, seed, step, rank, world):
     """Which clips a rank reads: yields a batch of keys (index, epoch) for each step from `step` on, without end.
@@ -610,10 +597,9 @@ def batch_keys(indices, batch_size, seed, step, rank, world):
         step += 1
 
 
-def batches(dataset, batch_size, seed=0, step=0, workers=0, indices=None):
-    """An endless iterator over this rank's batches from `step` on. batch_size: over all ranks; indices: a subset."""
-    if indices is None and not getattr(dataset, "endless", False):
-        indices = range(len(dataset))
+def batches(dataset, indices, batch_size, seed=0, step=0, workers=0):
+    """An endless iterator over this rank's batches from `step` on. indices: of the clips to use, None for an endless
+    data set. batch_size: over all ranks."""
     return load(dataset, batch_keys(indices, batch_size, seed, step, RANK, WORLD), workers)
 
 
@@ -759,7 +745,6 @@ class Progress:
 
 # ---- The start and the end of a process -----------------------------------------------------------------------------
 
-
 def start(args):
     """(rank, world, device, dtype of the models' arithmetic), in a process group where torchrun started this process:
     tensors on the CPU are reduced by gloo, those on GPUs by nccl, and half an hour without an answer is an error."""
@@ -821,7 +806,6 @@ def launch(main):
 
 
 # ---- Command-line flags ---------------------------------------------------------------------------------------------
-
 
 class Flags(argparse.ArgumentParser):
     """argparse, where a mistake costs one line, and with types that check ranges (see `number`)."""

@@ -40,7 +40,6 @@ from autoencoder import read_checkpoint
 
 # ---- The Frechet distance -------------------------------------------------------------------------------------------
 
-
 class Statistics:
     """Mean (D,) and covariance (D, D) of N features that arrive in batches, in float64. outer: the sum of the outer
     products of the centered features. meta: how the features were made, by FIELDS."""
@@ -264,7 +263,6 @@ def load_detector(path, device="cpu"):
 
 # ---- Sets of videos -------------------------------------------------------------------------------------------------
 
-
 def natural(name):
     """A sort key that puts clip10 after clip9."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
@@ -376,7 +374,6 @@ def for_each_video(videos, read, score, args, label):
 
 
 # ---- FVD, CLIPSIM and the command line ------------------------------------------------------------------------------
-
 
 def statistics(videos, label, detector, size, args):
     """The Statistics of a VideoSet's features."""

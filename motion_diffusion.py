@@ -31,7 +31,6 @@ from data import InputError
 
 # ---- The motion model, with its own copy of DiT's blocks, so that the whole model is in one place --------------------
 
-
 def sincos_positions(rows, columns, width):
     """(rows * columns, width): fixed 2-D sine-cosine positions; the first half of the width tells the column."""
 
@@ -181,7 +180,6 @@ def flags():
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
-
 def load_motion(run_dir):
     """(MotionDiT with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU."""
     state = data.load_checkpoint(f"{run_dir}/motion.pt", "motion")
@@ -264,7 +262,7 @@ def main():
             text_encoder=text_encoder and text_encoder.state(), optimizer=optimizer.state_dict(),
             progress=progress.state()))
 
-    clips = data.batches(dataset, args.batch_size, args.seed, first, args.workers)
+    clips = data.batches(dataset, range(len(dataset)), args.batch_size, args.seed, first, args.workers)
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
     parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together

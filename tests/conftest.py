@@ -1,8 +1,10 @@
 """Puts the scripts and the tools on the path, so that the tests import them, and keeps the tests off the network."""
 
+import importlib
+import multiprocessing
 import os
-import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,14 +15,33 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each of pytest's workers
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="session")
-def script():
-    """script("sample.py", "--run-dir", path, ...) runs a script as a user would and returns the finished process."""
+def play(arguments, environment, outputs):
+    """What a forked process does, in which torch is imported already: `python arguments`, its output into two files."""
+    import data
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.environ.update(environment)
+    sys.argv = arguments
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of its own
+    data.launch(importlib.import_module(arguments[0].removesuffix(".py")).main)
 
-    def call(*arguments, **options):
-        command = [sys.executable, *map(str, arguments)]
-        command[1] = os.path.join(ROOT, command[1])
-        options = dict(capture_output=True, text=True, timeout=300) | options
-        return subprocess.run(command, **options)
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory):
+    """script("sample.py", "--run-dir", path, ...) runs a script in a process of its own, as a user would, but without
+    the seconds of importing torch, and returns its returncode, stdout and stderr."""
+    folder, fork, count = tmp_path_factory.mktemp("outputs"), multiprocessing.get_context("forkserver"), [0]
+    fork.set_forkserver_preload(["torch._dynamo", "sample", "fvd"])
+
+    def call(*arguments):
+        count[0] += 1
+        outputs = [folder / f"{count[0]}-{name}.txt" for name in ("out", "err")]
+        process = fork.Process(target=play, args=([*map(str, arguments)], dict(os.environ), outputs))
+        process.start()
+        process.join(300)
+        assert process.exitcode is not None, f"hangs: {outputs[1].read_text()}"
+        return SimpleNamespace(returncode=process.exitcode, **{
+            name: path.read_text() for name, path in zip(("stdout", "stderr"), outputs)})
 
     return call
