@@ -421,7 +421,7 @@ def main():
         # takes its rows: they are the same after a resume or with another number of ranks.
         generator.manual_seed(args.seed * 1_000_003 + step)
         t = torch.randint(1000, (args.batch_size,), generator=generator, device=device)[mine]
-        noise = torch.randn(args.batch_size, *shape, generator=generator, device=device)[mine]
+        eps = torch.randn(args.batch_size, *shape, generator=generator, device=device)[mine]
         dropped = torch.rand(args.batch_size, generator=generator, device=device)[mine] < args.drop
         batch = next(clips)
         content, condition = batch["content"].to(device, non_blocking=True), condition_of(batch, dropped)
@@ -430,7 +430,7 @@ def main():
         for part in parts:
             predict.require_backward_grad_sync = part is parts[-1]  # ranks exchange gradients once a step
             with autocast:
-                error = diffusion.loss(lambda x, t: predict(x, t, condition[part]), content[part], t[part], noise[part])
+                error = diffusion.loss(lambda x, t: predict(x, t, condition[part]), content[part], t[part], eps[part])
             (error / len(parts)).backward()
             loss += error.detach() / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)

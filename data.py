@@ -630,8 +630,9 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
     if data == "shapes":
         test = MovingShapes(frames, size, seed, split="test")
         return MovingShapes(frames, size, seed), None, test, range(len(test))
-    if not os.path.exists(data):
-        raise InputError(f"--data {data} does not exist: give a folder of videos, or 'shapes' for the embedded set")
+    if not os.path.isdir(data) and not (os.path.isfile(data) and data.endswith((".csv", ".tar"))):
+        raise InputError(f"--data {data} does not exist, or is not a folder of videos, a .csv or a .tar ('shapes' is "
+                         "the embedded set); if it moved since training, give its new place")
     if captions or data.endswith((".csv", ".tar")) or glob.glob(f"{glob.escape(data)}/*.tar"):
         dataset = CaptionedVideos(captions or data, data if captions else None, frames, size, stride, seed)
     else:

@@ -293,6 +293,8 @@ class VideoSet:
 
     def __init__(self, folder, args, split=None):
         self.folder, self.args = folder, args
+        if folder == "shapes" and args.stride > 1:
+            raise data.InputError("--stride does not apply to the embedded shapes: drop it")
         if folder == "shapes":
             files = [str(index) for index in range(len(data.MovingShapes(split="test")))]
         else:

@@ -134,7 +134,8 @@ def flags():
     add("--prompt", help="text to draw")
     add("--prompts", help="file with one prompt a line")
     add("--negative-prompt", default="", help="text to steer away from, in place of the empty prompt")
-    add("--num", "-n", type="count", help="clips in all (default: 24; with --prompt 4, with --prompts one for each)")
+    add("-n", "--num", type="count", help="clips in all; torchrun takes only -n (default: 24; 4 with --prompt; with "
+        "--prompts one for each)")
     add("--image", help="picture to animate: it is the content frame")
     add("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
     add("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
