@@ -254,7 +254,7 @@ def flags():
     add = parser.add_argument_group("data").add_argument
     add("--data", help="'shapes', a folder of videos, a CSV of captions, or a folder of .tar shards")
     add("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
-    add("--split", help="UCF-101 list of the videos to use, such as trainlist01.txt")
+    add("--split", help="path of a list of the videos to use, such as UCF-101's trainlist01.txt")
     add("--size", type="count", nargs="+", help="pixels: one number, or height and width")
     add("--frames", type="count", help="L, frames a clip (table 4b: 16 or 24)")
     add("--stride", type="count", default=1, help="take every n-th frame of the video")
@@ -488,7 +488,7 @@ def main():
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
     if args.encode:
-        save(last)  # keeps the flags, in case the encoding is interrupted
+        save(last)  # marks the encodings as incomplete, and keeps the flags for the next --encode
     save(last, *encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, progress))
 
 

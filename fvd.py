@@ -1,11 +1,11 @@
 """How good generated videos are: FVD against real videos, or CLIPSIM against their prompts.
 
     python fvd.py REAL FAKE --i3d i3d_torchscript.pt                  FVD of all videos in two folders
-    python fvd.py UCF-101 samples --i3d i3d_torchscript.pt --split trainlist01.txt --num 2048       the paper's protocol
+    python fvd.py UCF-101 samples --i3d i3d_torchscript.pt --split LIST --num 2048    the paper's protocol
     torchrun --nproc-per-node 8 fvd.py REAL FAKE --i3d i3d_torchscript.pt           the same number, on eight GPUs
     python fvd.py REAL FAKE --i3d i3d_torchscript.pt --save real.npz  later, real.npz can take the place of REAL
     python fvd.py shapes samples --i3d random --num 24                try the script out; nothing to download
-    python fvd.py recon/real recon/fake --i3d i3d_torchscript.pt      R-FVD of autoencoder.py's reconstructions
+    python fvd.py recon/real recon/fake --i3d i3d_torchscript.pt      R-FVD: recon is of sample.py --reconstruct
     python fvd.py samples --clipsim --clip ViT-B-32.pt --prompts prompts.txt
 
 REAL and FAKE are each a folder of videos (at any depth), a folder of folders of frames, a .npz that --save wrote, or
@@ -451,7 +451,7 @@ def flags():
     add("--size", type="count", nargs="+", help="resize and crop to N, or to H W; without it, to FAKE's first video")
     add("--stride", type="count", default=1, help="take every n-th frame of the video")
     add("--seed", type="whole", default=0, help="random seed for the choice of videos and clips, and for shapes")
-    add("--split", help="UCF-101 list of the videos of REAL to use, such as trainlist01.txt")
+    add("--split", help="path of a list of the videos of REAL to use, such as UCF-101's trainlist01.txt")
     add = parser.add_argument_group("FVD").add_argument
     add("--i3d", metavar="FILE", help="i3d_torchscript.pt (www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt; a "
         "program: only from a source you trust), i3d_pretrained_400.pt (github.com/songweige/TATS, in tats/fvd), "

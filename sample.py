@@ -36,7 +36,7 @@ class Sampler:
         self.args, self.device, self.dtype = args, device, dtype
         self.autoencoder, self.image, self.state = load_autoencoder(args.run_dir, device)
         self.unfinished = []
-        self.check("autoencoder", self.state)
+        self.note_unfinished("autoencoder", self.state)
         needs_motion = not args.reconstruct
         needs_content = needs_motion and not args.predict_motion and not args.image
         self.content = self.load("content", load_content) if needs_content else None
@@ -48,18 +48,18 @@ class Sampler:
             for module in filter(None, (self.autoencoder, self.image)):
                 module.decoder.compile(dynamic=False)
 
-    def check(self, stage, state):
-        if self.state["fingerprint"] is None:
-            raise InputError(f"{self.args.run_dir} has no complete encodings: finish autoencoder.py first")
-        if state["fingerprint"] != self.state["fingerprint"]:
-            raise InputError(f"{self.args.run_dir}/{stage}.pt was trained on the encodings of another autoencoder than "
-                             f"{self.args.run_dir}/autoencoder.pt: train it again in another --run-dir")
+    def note_unfinished(self, stage, state):
         if state["step"] < state["args"]["steps"]:
             self.unfinished.append(f"{stage}.pt is unfinished: step {state['step']} of {state['args']['steps']}")
 
     def load(self, stage, load_stage):
         model, text_encoder, diffusion, state = load_stage(self.args.run_dir)
-        self.check(stage, state)
+        if self.state["fingerprint"] is None:
+            raise InputError(f"{self.args.run_dir} has no complete encodings: finish autoencoder.py first")
+        if state["fingerprint"] != self.state["fingerprint"]:
+            raise InputError(f"{self.args.run_dir}/{stage}.pt was trained on the encodings of another autoencoder than "
+                             f"{self.args.run_dir}/autoencoder.pt: train it again in another --run-dir")
+        self.note_unfinished(stage, state)
         return self.prepare(model, text_encoder, diffusion, state["shape"])
 
     def prepare(self, model, text_encoder, diffusion, shape):

@@ -4,6 +4,7 @@ costs the user one clear line."""
 import csv
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -113,6 +114,36 @@ def test_real_clips_through_a_part_of_the_model(script, shapes_run, tmp_path):
         assert real.shape == clips_in(tmp_path / flag / "fake").shape == (3, 6, 16, 16, 3)
         expected = MovingShapes(6, 16, 0, split="test")[1]["video"].permute(1, 2, 3, 0).numpy() * 127.5 + 127.5
         assert abs(real[1].mean() - expected.mean()) < 4
+
+
+def test_the_clips_kept_out_of_training_do_not_depend_on_the_seed_of_sampling(script, shapes_run, tmp_path):
+    for seed in (0, 1):
+        done = script("sample.py", "--run-dir", shapes_run, "--reconstruct", "--num", 2, "--seed", seed, "--out",
+                      tmp_path / str(seed))
+        assert done.returncode == 0, done.stderr
+    assert np.array_equal(*(clips_in(tmp_path / seed / "real") for seed in "01"))
+
+
+def test_an_autoencoder_in_training_can_be_looked_at_and_stages_of_another_one_not(script, shapes_run, tmp_path):
+    shutil.copytree(shapes_run, tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "autoencoder.pt", weights_only=True)
+    state |= dict(fingerprint=None, encodings=None, step=2)
+    torch.save(state, tmp_path / "run" / "autoencoder.pt")
+    done = script("sample.py", "--run-dir", tmp_path / "run", "--reconstruct", "--num", 1)
+    assert done.returncode == 0 and "autoencoder.pt is unfinished: step 2 of 4" in done.stdout, done.stderr
+    done = script("sample.py", "--run-dir", tmp_path / "run", "--num", 1)
+    assert done.returncode == 1 and "has no complete encodings: finish autoencoder.py first" in done.stderr
+
+
+def test_few_clips_of_a_large_folder_are_of_all_its_classes(script, tmp_path):
+    shapes = MovingShapes(6, 16)
+    for i in range(12):
+        os.makedirs(tmp_path / "videos" / f"class{i // 4}", exist_ok=True)
+        write_video(str(tmp_path / "videos" / f"class{i // 4}" / f"{i}.mp4"), shapes[i]["video"], 10)
+    done = script("autoencoder.py", "--data", tmp_path / "videos", *TINY, "--clips", 6, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    clips = EncodedClips(tmp_path / "run")
+    assert len(clips) == 6 and {clips[i]["label"] for i in range(6)} == {0, 1, 2}
 
 
 def test_a_folder_of_videos_goes_through_all_four_scripts(script, video_folder, tmp_path):

@@ -342,7 +342,11 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_workers_at_work(processe
     run = copy("run", "autoencoder")
     process = processes.start("content", run, "--steps 1000000 --workers 2 --save-every 1000000", own_group=True)
     wait_for(lambda: (run / "content.csv").exists() and rows_of(run, "content"))
-    assert len(children(process.pid)) == 2
+    workers = children(process.pid)
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+    time.sleep(1)
+    assert len(workers) == 2 and children(process.pid) == workers
     os.killpg(process.pid, signal.SIGTERM)
     [(status, output)] = processes.finish(process)
     assert status == 130 and "saved: --resume goes on" in output, output
@@ -608,8 +612,10 @@ def test_encoding_that_was_broken_off_goes_on_and_writes_the_same_bytes(processe
 
 def test_an_interrupted_encoding_goes_on_with_the_flags_that_it_began_with(processes, copy):
     run = copy("run", "autoencoder")
+    shutil.rmtree(run / "encodings")
     killed = "data", "write_shard", 4, signal.SIGKILL
-    processes.finish(processes.start("autoencoder", run, "--encode --clips 32", killed))
+    [(status, _)] = processes.finish(processes.start("autoencoder", run, "--encode --clips 32", killed))
+    assert status == -signal.SIGKILL
     processes.succeed(processes.start("autoencoder.py", run, "--encode"))  # without the flags that SCRIPTS adds
     assert len(EncodedClips(str(run))) == 32
 
@@ -706,6 +712,7 @@ def test_another_preset_or_model_than_the_checkpoints_is_an_error(processes, cop
         processes.start("autoencoder", run, "--resume --width 32"): "was trained with --width 16, not 32: drop that",
         processes.start("content", run, "--resume --model S"): "was trained with --model mini, not S: drop that flag",
         processes.start("motion", run, "--resume --content-patch 4"): "was trained with --content-patch 8, not 4",
+        processes.start("content", run, "--resume --predict eps"): "was trained with --predict x, not eps: drop that",
         processes.start("content", run): "content.pt exists: --resume goes on with it, another --run-dir starts a new",
     }
     for (status, output), message in zip(processes.finish(*starts), starts.values()):
