@@ -380,19 +380,19 @@ def psnr(a, b):
 @torch.no_grad()
 def evaluate(model, image, dataset, indices, picture):
     """{psnr, psnr_of_mean_frame} in dB: of the reconstruction, and of repeating the mean frame. Writes a picture with a
-    row for each of the first 8 clips: input, content frame, reconstruction."""
+    row for each of the first 8 clips: input, reconstruction, content frame."""
     model.eval()
-    ours, mean, rows = [], [], []
+    ours, mean, strips = [], [], []
     for index in indices:
         video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
         content, motion = model.encode(to_frames(video, image))
         output = to_pixels(model.decode(content, motion), image)
         ours.append(psnr(output, video))
         mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
-        if len(rows) < 8:  # every fourth frame
-            still = to_pixels(content[:, :, None], image)
-            rows.append(torch.cat([video[0, :, ::4], still[0], output[0, :, ::4]], 1).cpu())  # (3, frames, H, W)
-    data.write_sheet(picture, rows, columns=1, frames=rows[0].shape[1])
+        if len(strips) < 3 * 8:
+            strips += [clip[0].cpu() for clip in (video, output, to_pixels(content[:, :, None], image))]
+    captions = ["input", "reconstruction", "content frame"] * (len(strips) // 3)
+    data.write_sheet(picture, strips, columns=3, captions=captions, frames=4)
     model.train()
     ours, mean = sum(ours) / len(ours), sum(mean) / len(mean)
     tqdm.write(f"PSNR {ours:.1f} dB on {len(indices)} test clips, repeating the mean frame {mean:.1f} dB")
@@ -715,6 +715,8 @@ def read_tree(path, head):
         with safe_open(path, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}
     new = zipfile.is_zipfile(path)  # else the format from before PyTorch 1.6
+    if new:
+        data.check_zip(path, checksums=False)  # which some programs do not write
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if new else []  # all that torch would refuse
     with torch.serialization.safe_globals([stand_in(name) for name in names]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=new)

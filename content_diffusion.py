@@ -612,7 +612,9 @@ START, END = 49406, 49407  # CLIP's tokens around every caption
 
 @functools.cache
 def tokenizer():
-    from clip.simple_tokenizer import SimpleTokenizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # clip imports pkg_resources, which is deprecated
+        from clip.simple_tokenizer import SimpleTokenizer
     return SimpleTokenizer()
 
 
@@ -621,7 +623,7 @@ def tokenize(captions, pad):
     left out, with one warning a call."""
     tokens, lost = torch.full((len(captions), 77), pad), []
     for row, caption in zip(tokens, captions):
-        words = tokenizer().encode(caption)
+        words = tokenizer().encode(caption[:5000])  # a word of a million letters would take hours
         if words[75:]:
             lost.append(tokenizer().decode(words[75:]).strip())
         row[: len(words) + 2] = torch.tensor([START, *words[:75], END])

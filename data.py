@@ -12,6 +12,7 @@ import contextlib
 import csv
 import ctypes
 import errno
+import fcntl
 import functools
 import glob
 import io
@@ -21,11 +22,13 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import tarfile
 import time
 import warnings
+import zipfile
 import zlib
 from fractions import Fraction
 
@@ -53,12 +56,17 @@ def pair(size):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yields a temporary path, which is renamed to `path` on success and deleted on failure."""
+    """Yields a temporary path, which is renamed to `path` on success and deleted on failure: a kill at any moment
+    leaves the earlier file or the new one, whole. InputError where it cannot be written."""
     try:
         yield f"{path}.tmp"
         with open(f"{path}.tmp", "rb") as file:
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
+    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        free = shutil.disk_usage(os.path.dirname(path) or ".").free / 1e6
+        raise InputError(f"cannot write {path} ({str(e).splitlines()[0]}); {free:.0f} MB are free on its disk, and an "
+                         "earlier file is as it was") from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{path}.tmp")
@@ -73,10 +81,21 @@ def read_lines(path):
         raise InputError(f"{path} is not a text file in UTF-8: {e}") from None
 
 
+def write_lines(path, lines):
+    """Writes lines of text, in UTF-8."""
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def printable(text):
+    """Control characters, from a hostile file or its name, as \\x1b and the like."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
+
+
 def print_once(text):
     """Prints to stderr on rank 0 only."""
     if RANK == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 # ---- Moving shapes: the embedded data set ---------------------------------------------------------------------------
@@ -178,6 +197,7 @@ def read_packets(file):
         if not streams:
             raise BadVideo("no video stream that can be decoded")
         streams[0].codec_context.thread_count = 1  # the loader's workers are the parallelism
+        streams[0].codec_context.options = {"max_pixels": str(2**26)}  # a few hostile bytes can claim more
         for packet in container.demux(streams[0]):
             yield streams[0], packet, packet.pts if packet.pts is not None else packet.dts or 0
 
@@ -201,7 +221,9 @@ def read_clip(file, frames, size=None, stride=1, rng=None):
     if isinstance(file, io.BytesIO):
         shown, is_key = index_video.__wrapped__(file, None)
     else:
-        shown, is_key = index_video(file, os.stat(file).st_mtime_ns if os.path.exists(file) else None)
+        if not os.path.isfile(file):
+            raise BadVideo("No such file")
+        shown, is_key = index_video(file, os.stat(file).st_mtime_ns)
     times, span = np.sort(shown), (frames - 1) * stride + 1
     if len(times) < span:
         raise BadVideo(f"too short: has {len(times)} frame{'s' * (len(times) != 1)}, {span} needed")
@@ -245,6 +267,8 @@ def to_rgb(frames, size):
         H, W = (frame.height, round(wide)) if size is None else pair(size)[:: -1 if sideways else 1]
         scale = max(H / frame.height, W / wide)
         height, width = max(H, round(frame.height * scale)), max(W, round(wide * scale))
+        if height * width > 2**26:
+            raise ValueError(f"frames of {frame.width}x{frame.height} are too oblong")
         picture = scaler.reformat(frame, width, height, "rgb24", **SCALING).to_ndarray()
         top, left = (height - H) // 2, (width - W) // 2
         clip.append(picture[top : top + H, left : left + W])
@@ -287,7 +311,7 @@ class VideoFiles(torch.utils.data.Dataset):
             except BadVideo as e:
                 fault = f"{getattr(file, 'name', file)}: {e}"
                 if not self.named[chosen]:
-                    print(f"left out: {fault}", file=sys.stderr, flush=True)
+                    print(printable(f"left out: {fault}"), file=sys.stderr, flush=True)
                 self.named[chosen] = True
         if self.replace:
             raise InputError(f"20 videos in a row cannot be used; the last is {fault}")
@@ -340,7 +364,7 @@ class CaptionedVideos(VideoFiles):
         self.csv, self.root = str(csv), os.path.dirname(os.path.abspath(csv)) if root is None else str(root)
         self.tars = [self.csv] if self.csv.endswith(".tar") else sorted(glob.glob(f"{glob.escape(self.csv)}/*.tar"))
         if self.tars:
-            with concurrent.futures.ProcessPoolExecutor(8) as pool:  # millions of headers, read by Python
+            with concurrent.futures.ProcessPoolExecutor(min(8, len(self.tars))) as pool:  # millions of headers
                 rows = [[tar, *row] for tar, rows in enumerate(pool.map(scan_tar, self.tars)) for row in rows]
             self.rows = np.array(rows, np.int64)
         else:
@@ -368,9 +392,9 @@ class CaptionedVideos(VideoFiles):
                     line, start = reader.line_num, file.tell()
             except csv.Error as e:
                 raise InputError(f"{self.csv}, line {line + 1}: {e}; is a quote not closed?") from None
-        if bad:
-            print_once(f"{self.csv}: {len(bad)} rows left out, with more or fewer columns than the header (captions "
-                       f"with a comma need quotes); lines: {', '.join(map(str, bad[:20]))}{', ...' * (len(bad) > 20)}")
+        left_out = (f", with more or fewer columns than the header (captions with a comma need quotes); lines: "
+                    f"{', '.join(map(str, bad[:20]))}{', ...' * (len(bad) > 20)}") if bad else ""
+        print_once(f"{self.csv}: {len(starts)} rows used, {len(bad)} left out{left_out}")
         return np.array(starts, np.int64)
 
     def locate(self, index):
@@ -401,14 +425,15 @@ def scan_tar(path):
     videos, texts = {}, {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in filter(tarfile.TarInfo.isfile, tar):
+            for member in tar:
                 key, _, ending = member.name.lower().rpartition(".")
-                if "." + ending in VIDEO_ENDINGS and member.size:
+                whole = member.isfile() and 0 < member.size <= os.path.getsize(path) - member.offset_data
+                if whole and "." + ending in VIDEO_ENDINGS:
                     videos[key] = member.offset_data, member.size
-                elif ending == "txt":
+                elif whole and ending == "txt":
                     texts[key] = member.offset_data, member.size
-    except (OSError, tarfile.TarError) as e:
-        print(f"{path}: {e}; {len(videos)} samples before that", file=sys.stderr)
+    except Exception as e:  # a damaged file can raise anything
+        print(printable(f"{path}: {e}; {len(videos)} samples before that"), file=sys.stderr)
     return [[*video, *texts.get(key, (0, 0))] for key, video in videos.items()]
 
 
@@ -468,17 +493,18 @@ def write_video(path, video, fps):
 
 
 def write_sheet(path, videos, columns, captions=None, frames=9):
-    """One .png to look at: each video (see to_uint8; all equally large) is a strip of up to `frames` frames, evenly
-    spread, under as much of its caption as fits; `columns` strips side by side. Small pictures are enlarged, pixel by
-    pixel, to 96 pixels or more."""
-    strips, font = [], ImageFont.load_default(14)
-    for video, caption in zip(map(to_uint8, videos), captions or itertools.repeat("")):
+    """One .png to look at: each video (see to_uint8; all of one height and width) is a strip of up to `frames` frames,
+    evenly spread, under as much of its caption as fits; `columns` strips side by side. Small pictures are enlarged,
+    pixel by pixel, to 96 pixels or more."""
+    videos, strips, font = [to_uint8(video) for video in videos], [], ImageFont.load_default(14)
+    longest = min(frames, max(map(len, videos)))
+    for video, caption in zip(videos, captions or itertools.repeat("")):
         video = video[np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)]
         times = math.ceil(96 / min(video.shape[1:3]))
         video = video.repeat(times, 1).repeat(times, 2)
-        strip = tile(video[:, None], columns=len(video), colour=255)[0]  # each frame a video of one frame
+        strip = tile(video[:, None], columns=longest, colour=255)[0]  # each frame a video of one frame
         strip = Image.fromarray(np.pad(strip, [(20 if captions else 0, 0), (0, 0), (0, 0)], constant_values=255))
-        ImageDraw.Draw(strip).text((0, 0), caption, "black", font)
+        ImageDraw.Draw(strip).text((0, 0), caption[:500], "black", font)
         strips.append(np.array(strip)[None])  # (1, H, W, 3)
     with atomic_write(path) as temporary:
         Image.fromarray(tile(strips, min(columns, len(strips)), 10, 255)[0]).save(temporary, format="PNG")
@@ -500,8 +526,9 @@ def shard_path(run_dir, number):
 
 
 def checksum(tensors, captions):
-    parts = [tensors[name].numpy().tobytes() for name in ("content", "motion", "label", "sums")]
-    return zlib.crc32(b"".join([json.dumps(captions).encode(), *parts]))
+    tensors = [tensors[name] for name in ("content", "motion", "label", "sums")]
+    about = json.dumps([captions, *([str(x.dtype), *x.shape] for x in tensors)]).encode()
+    return zlib.crc32(b"".join([about, *(x.numpy().tobytes() for x in tensors)]))
 
 
 def write_shard(run_dir, number, settings, content, motion, labels, captions):
@@ -524,8 +551,8 @@ def open_shard(run_dir, number, check=False):
         tensors = {name: shard.get_tensor(name) for name in shard.keys()} if check else None
         if check and about["crc32"] != checksum(tensors, about["captions"]):
             raise ValueError("its checksum differs")
-        return shard, about["captions"], about["settings"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+        return shard, about["captions"], dict(fingerprint=None) | about["settings"]
+    except Exception as e:  # a damaged file can raise anything
         raise InputError(f"{path} is missing or damaged ({e}): delete it and run `python autoencoder.py --run-dir "
                          f"{run_dir} --encode`") from None
 
@@ -548,8 +575,8 @@ class EncodedClips(torch.utils.data.Dataset):
         self.motion_mean, self.motion_std = state["model"]["motion_mean"], state["model"]["motion_std"]  # (D, 1, 1)
         self.starts = np.cumsum([0, *state["encodings"]])  # state["encodings"]: the number of clips in each shard
         for number in range(len(state["encodings"])):
-            shard, _, settings = open_shard(run_dir, number, check=len(self) < 10_000)
-            if settings["fingerprint"] != self.fingerprint:
+            shard, captions, settings = open_shard(run_dir, number, check=len(self) < 10_000)
+            if (settings["fingerprint"], len(captions)) != (self.fingerprint, state["encodings"][number]):
                 raise InputError(f"the encodings in {run_dir} were made by another autoencoder than its autoencoder.pt"
                                  f": encode again with `python autoencoder.py {encode}")
         if resumed and resumed["fingerprint"] != self.fingerprint:
@@ -650,18 +677,36 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
 
 # ---- The run folder: checkpoints and logs ---------------------------------------------------------------------------
 
+def lock(path):
+    """Locks a file until this process ends, however it ends: no other process trains the same stage in a run folder."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT)  # never closed, since that would release it
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"another process ({os.read(file, 99).decode()}) is using {path.removesuffix('.lock')}.pt: "
+                         "wait until it ends, or choose another --run-dir") from None
+    except OSError as e:
+        print_once(f"{path} cannot be locked ({e}): make sure that no other process uses this run folder")
+    os.truncate(file, 0)
+    os.write(file, f"pid {os.getpid()} on {os.uname().nodename}".encode())
+
+
 SCRIPTS = {"autoencoder": "autoencoder.py", "content": "content_diffusion.py", "motion": "motion_diffusion.py"}
 
 
 def save_checkpoint(path, state):
-    """On rank 0. A kill at any moment leaves the earlier checkpoint or the new one, whole."""
     if RANK == 0:
-        try:
-            with atomic_write(path) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-            raise InputError(f"cannot save {path} ({str(e).splitlines()[0]}): is the disk full? An earlier checkpoint "
-                             "is whole: free some space and go on with --resume") from None
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
+
+
+def check_zip(path, checksums=True):
+    """ValueError if a zip file (.pt, .npz) is damaged, or unpacks to more than its size: neither torch nor numpy checks
+    this, and both store without compression."""
+    with zipfile.ZipFile(path) as file:
+        if sum(member.file_size for member in file.infolist()) > os.path.getsize(path) or checksums and file.testzip():
+            raise ValueError("damaged zip file")
 
 
 def load_checkpoint(path, stage):
@@ -671,6 +716,7 @@ def load_checkpoint(path, stage):
     if not os.path.isfile(path):
         raise InputError(f"no {path}: train it first with `python {script} --run-dir {os.path.dirname(path)}`")
     try:
+        check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if state["stage"] == stage:
             return state
@@ -738,10 +784,9 @@ class Progress:
             self.loss_sum, self.summed = torch.zeros_like(self.loss_sum), 0
             self.since, self.clock = step, time.perf_counter()
         if RANK == 0:
-            with atomic_write(self.path) as temporary, open(temporary, "w", newline="") as file:
-                table = csv.DictWriter(file, dict.fromkeys(name for row in self.rows for name in row))
-                table.writeheader()
-                table.writerows(self.rows)
+            names = list(dict.fromkeys(name for row in self.rows for name in row))
+            table = [names, *([row.get(name, "") for name in names] for row in self.rows)]
+            write_lines(self.path, [",".join(map(str, row)) for row in table])
 
 
 # ---- The start and the end of a process -----------------------------------------------------------------------------
@@ -793,10 +838,9 @@ def launch(main):
             line += ". Memory may have run out: use fewer --workers, and go on with --resume"
         elif WORLD > 1 and (isinstance(e, torch.distributed.DistError) or "gloo" in line):
             line = f"lost the other ranks; the one that ended first says why ({line[-150:]})"
-        elif not isinstance(e, SafetensorError) and not (
-                isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))):
+        elif not (isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))):
             raise
-        sys.exit(f"{name}: {line}")
+        sys.exit(printable(f"{name}: {line}"))
     finally:
         for child in multiprocessing.active_children():  # loader processes, which ignore SIGTERM
             child.kill()
@@ -875,6 +919,8 @@ class Flags(argparse.ArgumentParser):
             preset = load_checkpoint(autoencoder, "autoencoder")["args"]["preset"]
         run_dir, encode = given.run_dir or f"runs/{preset}", getattr(given, "encode", False)
         path, saved = f"{run_dir}/{stage}.pt", None
+        if RANK == 0:
+            lock(f"{run_dir}/{stage}.lock")
         if os.path.exists(path) and not given.resume and not encode:
             raise InputError(f"{path} exists: --resume goes on with it, another --run-dir starts a new run")
         if os.path.exists(path) or encode:

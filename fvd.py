@@ -68,10 +68,11 @@ class Statistics:
     @classmethod
     def load(cls, path):
         try:
+            data.check_zip(path)
             with np.load(path) as file:
                 stats = cls(**{name: file[name].tolist() for name in cls.FIELDS})
                 stats.num, stats.mean, stats.outer = int(file["num"]), file["mean"], file["outer"]
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged file can raise anything
             raise data.InputError(f"{path} is not a file that fvd.py --save wrote: {error}") from None
         return stats
 

@@ -213,7 +213,7 @@ def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast)
     with autocast:
         motion = ddim(lambda x, t: ema(x, t, content, condition), noise, diffusion, steps=25)
     videos = to_pixels(autoencoder.decode(content, autoencoder.denormalise(motion).clamp(-1, 1)), image)
-    data.write_sheet(f"{args.run_dir}/previews/motion-{step:06d}.png", list(videos.cpu()), columns=1)
+    data.write_sheet(f"{args.run_dir}/previews/motion-{step:06d}.png", list(videos.cpu()), 1, batch["caption"])
 
 
 def main():

@@ -215,6 +215,7 @@ def new_folder(args, rank, world):
         os.makedirs(folder, exist_ok=True)
         if os.listdir(folder):
             raise InputError(f"--out {folder} is not an empty folder: choose another")
+        data.write_lines(f"{folder}/captions.txt", [])  # a folder that is read-only ends this now, not after drawing
     if world > 1:
         shared = [folder]
         torch.distributed.broadcast_object_list(shared)
@@ -242,7 +243,7 @@ def main():
                                              trained["split"], trained["captions"], trained["seed"])
         wishes, captions = [int(n) for n in test[: args.num or 24]], {}
         if rank == 0 and len(wishes) < (args.num or 0):
-            print(f"{len(wishes)} clips, not {args.num}: the test set has no more")
+            print(f"{len(wishes)} clips, not {args.num}: there are no more")
     else:
         with_text = any(stage and stage.text for stage in (sampler.content, sampler.motion))
         wishes, names = read_wishes(args, with_text, sampler.state["classes"])
@@ -293,8 +294,7 @@ def main():
             return
         captions = {n: caption for part, _ in parts for n, caption in part.items()}
         shown = sorted((one for _, part in parts for one in part), key=lambda one: one[0])[:most]
-    with open(f"{folder}/captions.txt", "w", encoding="utf-8", errors="replace") as file:
-        file.writelines(captions[n].replace("\n", " ") + "\n" for n in range(len(wishes)))
+    data.write_lines(f"{folder}/captions.txt", [captions[n].replace("\n", " ") for n in range(len(wishes))])
     numbers, clips = zip(*shown)
     data.write_sheet(f"{folder}/samples.png", clips, columns=2, captions=[captions[n] for n in numbers])
     data.write_video(f"{folder}/samples.gif", list(clips), args.fps)

@@ -599,7 +599,8 @@ def test_missing_videos_are_replaced_and_bad_rows_left_out_and_both_named(captio
     items = [videos[i] for i in range(5)]
     assert len(videos) == 5 and all(item["caption"] in captions for item in items)
     named = capsys.readouterr().err
-    assert named.count("none.mp4: No such file") == 1 and "a.csv: 1 rows left out" in named and "lines: 8\n" in named
+    assert named.count("none.mp4: No such file") == 1
+    assert "a.csv: 5 rows used, 1 left out" in named and "lines: 8\n" in named
     lost = data.CaptionedVideos(tmp_path / "a.csv", tmp_path, 8, 16)
     with pytest.raises(data.InputError, match="20 videos in a row .*No such file"):
         lost[0]
