@@ -786,21 +786,21 @@ def test_a_disk_that_runs_full_ends_the_run_with_one_line_and_the_earlier_checkp
     assert sorted(path.name for path in run.iterdir() if path.name.startswith("content.pt")) == ["content.pt"]
 
 
-def test_encoding_and_sampling_on_a_full_or_read_only_disk_end_with_one_line(processes, copy, small_disk):
+def test_encoding_and_sampling_on_a_full_or_read_only_disk_end_with_one_line(processes, copy, tiny, small_disk):
     """What no checkpoint holds is not said to go on with --resume."""
-    run, out = copy("run", "autoencoder", "content", "motion"), small_disk / "out"
+    run, out = copy("run", "autoencoder"), small_disk / "out"
     shutil.rmtree(run / "encodings")
     (run / "encodings").symlink_to(small_disk, target_is_directory=True)
     (small_disk / "fill").write_bytes(bytes(shutil.disk_usage(small_disk).free - 10_000))
     encode, sample = processes.finish(
         processes.start("autoencoder", run, "--encode --clips 4000 --shard-size 1000"),
-        processes.start("sample.py", run, f"--num 24 --out {out} --steps 2 --motion-steps 2"))
+        processes.start("sample.py", tiny, f"--num 24 --out {out} --steps 2 --motion-steps 2"))
     for status, output in (encode, sample):
         assert status == 1 and re.search("cannot write .*(No space left|os error 28|fail).*; 0 MB are free",
                                          lines_of(output)[-1]), output
         assert "Traceback" not in output and "--resume" not in output
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    [(status, output)] = processes.finish(processes.start("sample.py", run, f"--num 24 --out {out}-2"))
+    [(status, output)] = processes.finish(processes.start("sample.py", tiny, f"--num 24 --out {out}-2"))
     assert status == 1 and len(lines_of(output)) == 1 and "Read-only file system" in output, output
 
 
