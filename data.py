@@ -677,14 +677,16 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
 
 # ---- The run folder: checkpoints and logs ---------------------------------------------------------------------------
 
-def lock(path):
-    """Locks a file until this process ends, however it ends: no other process trains the same stage in a run folder."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+def lock(run_dir, stage):
+    """On rank 0. No other process can train a stage in this run folder until this one ends, however it ends."""
+    if RANK > 0:
+        return
+    path = f"{run_dir}/{stage}.lock"
     file = os.open(path, os.O_RDWR | os.O_CREAT)  # never closed, since that would release it
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise InputError(f"another process ({os.read(file, 99).decode()}) is using {path.removesuffix('.lock')}.pt: "
+        raise InputError(f"another process ({os.read(file, 99).decode()}) is using {run_dir}/{stage}.pt: "
                          "wait until it ends, or choose another --run-dir") from None
     except OSError as e:
         print_once(f"{path} cannot be locked ({e}): make sure that no other process uses this run folder")
@@ -739,6 +741,7 @@ class Progress:
         self.rows = [row for row in saved["rows"]
                      if row["step"] % args.log_every == 0 or row["step"] % args.preview_every == 0]
         os.makedirs(f"{args.run_dir}/previews", exist_ok=True)
+        lock(args.run_dir, stage)  # for a new folder; that of a run that goes on is locked before it is read
         self.stop = False
         signal.signal(signal.SIGINT, self.receive)
         signal.signal(signal.SIGTERM, self.receive)
@@ -919,8 +922,8 @@ class Flags(argparse.ArgumentParser):
             preset = load_checkpoint(autoencoder, "autoencoder")["args"]["preset"]
         run_dir, encode = given.run_dir or f"runs/{preset}", getattr(given, "encode", False)
         path, saved = f"{run_dir}/{stage}.pt", None
-        if RANK == 0:
-            lock(f"{run_dir}/{stage}.lock")
+        if os.path.isdir(run_dir):
+            lock(run_dir, stage)
         if os.path.exists(path) and not given.resume and not encode:
             raise InputError(f"{path} exists: --resume goes on with it, another --run-dir starts a new run")
         if os.path.exists(path) or encode:

@@ -17,11 +17,10 @@ import subprocess
 import time
 
 import pytest
+import torch
 from test_survival import (  # noqa: F401  (fixtures)
     SCRIPTS,
     STEP,
-    assert_close,
-    assert_same,
     copy,
     encodings_of,
     fresh,
@@ -30,6 +29,7 @@ from test_survival import (  # noqa: F401  (fixtures)
     read,
     small_disk,
     state_of,
+    tensors_of,
     tiny,
     wait_for,
 )
@@ -76,9 +76,17 @@ def follow(processes, run, stage, flags):  # noqa: F811
     raise AssertionError(output)
 
 
-def check(processes, run, stage, flags, reference, same=assert_same):  # noqa: F811
-    if follow(processes, run, stage, flags) != "again":
-        same(reference, run, stage)
+def check(processes, run, stage, flags, reference, atol=0):  # noqa: F811
+    """The same weights, averages, optimiser and encodings as in the unbroken run; atol: of two ranks."""
+    if follow(processes, run, stage, flags) == "again":
+        return
+    names = ["model", "optimizer"] + ["ema"] * (stage != "autoencoder")
+    ours, theirs = (dict(tensors_of({name: state_of(folder, stage)[name] for name in names}))
+                    for folder in (run, reference))
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=atol), name
+    assert atol or stage != "autoencoder" or encodings_of(run) == encodings_of(reference)
 
 
 @pytest.mark.slow
@@ -133,7 +141,7 @@ def test_round(number, processes, copy, tiny, unbroken, tmp_path, request):  # n
         at = {rng.randrange(2): (*STEP, rng.randint(1, 8 - first), signal.SIGTERM)}
         for status, output in processes.finish(*processes.ranks(2, stage, run, go_on, at)):
             assert status == 130, output
-        check(processes, run, stage, go_on, reference, assert_close)
+        check(processes, run, stage, go_on, reference, atol=2e-4)
     elif fault in ("flip", "cut"):
         files = [path for path in sorted(run.rglob("*")) if path.suffix in (".pt", ".safetensors", ".csv")]
         path = rng.choice(files)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ import torch
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
+import data
+import sample
 from autoencoder import load_autoencoder
 from data import EncodedClips, MovingShapes, read_clip, write_video
 
@@ -191,8 +194,21 @@ def test_bfloat16_is_nearly_float32(script, shapes_run, tmp_path):
     assert exact != rough and np.allclose(exact, rough, rtol=0.02)
 
 
+def test_prompts_of_any_kind_are_read_and_written(tmp_path):
+    """With a byte order mark, empty, or with a letter that UTF-8 has not (a surrogate, from a Latin-1 command line)."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa caf\xe9\r\n\r\n a dog \n".encode())
+    args = dict(run_dir="run", label=None, num=None, prompt=None, prompts=str(tmp_path / "prompts.txt"))
+    assert sample.read_wishes(SimpleNamespace(**args), True, [])[0] == ["a caf\xe9", "a dog"]
+    args |= dict(prompt="", prompts=None)
+    assert sample.read_wishes(SimpleNamespace(**args), True, [])[0] == [""] * 4
+    data.write_lines(str(tmp_path / "captions.txt"), ["\udce9", "a \U0001f600"])
+    assert (tmp_path / "captions.txt").read_bytes() == "?\na \U0001f600\n".encode()
+
+
 MISTAKES = [  # command, words of the one line
     ("autoencoder.py --data /nowhere", "/nowhere does not exist"),
+    ("autoencoder.py --data {empty}/gone", "; if it moved since training, give its new place"),
+    ("autoencoder.py --data {run}/autoencoder.csv/clip.mkv", "is not a folder of videos, a .csv or a .tar"),
     ("autoencoder.py --preset ucf101", "needs --data"),
     ("autoencoder.py --size 18", "divisible by 4"),
     ("autoencoder.py --data {empty}", "no "),
