@@ -402,7 +402,7 @@ def evaluate(model, image, dataset, indices, picture):
 def main():
     args, saved = flags().parse(PRESETS, "autoencoder")
     check_flags(args, saved)
-    rank, world, device, dtype = data.start(args)
+    rank, world, device, dtype = data.start(args, args.run_dir, saved)
     autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
     path = f"{args.run_dir}/autoencoder.pt"
 

@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import time
 import warnings
 import zipfile
@@ -794,9 +795,10 @@ class Progress:
 
 # ---- The start and the end of a process -----------------------------------------------------------------------------
 
-def start(args):
+def start(args, run_dir=None, saved=None):
     """(rank, world, device, dtype of the models' arithmetic), in a process group where torchrun started this process:
-    tensors on the CPU are reduced by gloo, those on GPUs by nccl, and half an hour without an answer is an error."""
+    tensors on the CPU are reduced by gloo, those on GPUs by nccl, and half an hour without an answer is an error.
+    InputError on all ranks unless they see the same run folder and found the same checkpoint in it."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -810,9 +812,25 @@ def start(args):
         store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+        if run_dir:
+            compare_views(run_dir, saved)
     torch.manual_seed(args.seed)
     dtype = getattr(args, "dtype", None) or ("bfloat16" if device.type == "cuda" else "float32")
     return RANK, WORLD, device, getattr(torch, dtype)
+
+
+def compare_views(folder, saved=None):
+    """InputError on all ranks unless all find the file that rank 0 makes in the folder, and the same checkpoint."""
+    os.makedirs(folder, exist_ok=True)
+    token = [tempfile.mkstemp(prefix="shared-", dir=folder)[1] if RANK == 0 else ""]
+    torch.distributed.broadcast_object_list(token)
+    found = os.path.exists(os.path.join(folder, os.path.basename(token[0])))
+    views = [None] * WORLD
+    torch.distributed.all_gather_object(views, (found, saved and (saved["step"], saved["fingerprint"])))
+    if RANK == 0:
+        os.remove(token[0])
+    if set(views) != {(True, views[0][1])}:
+        raise InputError(f"the ranks do not see the same files in {folder}: --run-dir must be on a disk that they share")
 
 
 def keep_freed_memory():

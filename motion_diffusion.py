@@ -218,7 +218,7 @@ def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast)
 
 def main():
     args, saved = flags().parse(PRESETS, "motion")
-    rank, world, device, dtype = data.start(args)
+    rank, world, device, dtype = data.start(args, args.run_dir, saved)
     autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
     path = f"{args.run_dir}/motion.pt"
 

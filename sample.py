@@ -220,6 +220,7 @@ def new_folder(args, rank, world):
         shared = [folder]
         torch.distributed.broadcast_object_list(shared)
         folder = shared[0]
+        data.compare_views(folder)
     return folder
 
 

@@ -95,9 +95,10 @@ class Processes:
         return process
 
     def ranks(self, world, stage, run, flags="", at={}):
-        """As torchrun starts them. at: by rank."""
+        """As torchrun starts them. at: by rank. run: of all, or a list with one for each."""
         place = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-        return [self.start(stage, run, flags, at.get(rank), RANK=str(rank), **place) for rank in range(world)]
+        runs = run if isinstance(run, list) else [run] * world
+        return [self.start(stage, runs[rank], flags, at.get(rank), RANK=str(rank), **place) for rank in range(world)]
 
     def finish(self, *processes, timeout=120):
         """-> [(exit status, output)]"""
@@ -479,6 +480,30 @@ def lines_of(output):
     """Without progress bars, torch's own warnings, and what a script says when it starts."""
     return [line.split("\r")[-1] for line in output.splitlines()
             if line.strip() and not line.startswith(("[W", "[Gloo]")) and "parameters," not in line]
+
+
+@pytest.mark.parametrize("stage, flags", [(stage, "--resume") for stage in SCRIPTS] + [("autoencoder", "--encode")])
+def test_ranks_with_run_folders_on_disks_of_their_own_all_end_with_one_line(processes, copy, stage, flags):
+    """As two nodes with local disks have them: without this, the second would train without Adam's moments."""
+    folders = [copy(name, "autoencoder", *[stage] * (name == "one" or "encode" in flags)) for name in ("one", "other")]
+    for run, (status, output) in zip(folders, processes.finish(*processes.ranks(2, stage, folders, flags))):
+        assert status == 1 and lines_of(output) == [
+            f"{SCRIPTS[stage][0]}: the ranks do not see the same files in {run}: --run-dir must be on a disk that they "
+            "share"]
+        assert not list(run.glob("shared-*"))
+
+
+def test_a_rank_that_did_not_see_the_checkpoint_yet_is_noticed(processes, copy, tiny):
+    """As a network disk may show it, for a minute or so. The second rank looks, and waits until it is there."""
+    run = copy("run", "autoencoder")
+    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    late = processes.start("content", run, "--resume", ("data", "start", 1, signal.SIGSTOP), RANK="1", **place)
+    wait_for(lambda: read(f"/proc/{late.pid}/stat").split()[2] == "T")
+    shutil.copy(tiny / "content.pt", run)
+    first = processes.start("content", run, "--resume", RANK="0", **place)
+    os.kill(late.pid, signal.SIGCONT)
+    for status, output in processes.finish(first, late):
+        assert status == 1 and "the ranks do not see the same files" in lines_of(output)[-1], output
 
 
 def test_there_may_be_fewer_clips_and_shards_than_ranks(processes, copy):
