@@ -378,12 +378,15 @@ def psnr(a, b):
 
 
 @torch.no_grad()
-def evaluate(model, image, dataset, indices, picture):
+def evaluate(model, image, dataset, indices, picture, progress):
     """{psnr, psnr_of_mean_frame} in dB: of the reconstruction, and of repeating the mean frame. Writes a picture with a
     row for each of the first 8 clips: input, reconstruction, content frame."""
     model.eval()
     ours, mean, strips = [], [], []
     for index in indices:
+        if progress.stop:  # the checkpoint comes first: torchrun waits only 30 s
+            model.train()
+            return {}
         video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
         content, motion = model.encode(to_frames(video, image))
         output = to_pixels(model.decode(content, motion), image)
@@ -479,7 +482,7 @@ def main():
         scores = {}
         if preview and rank == 0:
             picture = f"{args.run_dir}/previews/autoencoder-{done:06d}.png"
-            scores = evaluate(model, image, test_set, test[: 240 if done == last else 32], picture)
+            scores = evaluate(model, image, test_set, test[: 240 if done == last else 32], picture, progress)
         if preview or done % args.log_every == 0:
             progress.write(bar, done, lr=lr, grad_norm=norm.item(), **scores)
         if done % args.save_every == 0 or done == last or stopping:

@@ -289,7 +289,7 @@ PRESETS = {
     # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
     "ucf101": dict(PAPER, model="XL", schedule="linear", steps=111_762),
     "webvid_sd15": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
-    "webvid_sd21": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
+    "webvid_sd21": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391, accumulate=2),  # for 80 GB a GPU
 }
 
 

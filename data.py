@@ -804,6 +804,11 @@ def start(args, run_dir=None, saved=None):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
+        torch.backends.cudnn.benchmark = True  # convolutions see the same sizes again and again
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN on an H100 (pytorch issue 196678)
+    elif torch.version.cuda and glob.glob("/dev/nvidia[0-9]*") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise InputError("there is a GPU, but CUDA does not start: is its driver (nvidia-smi) too old for PyTorch's CUDA "
+                         f"{torch.version.cuda}? Install one that fits, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
     else:
         keep_freed_memory()
     if WORLD > 1:
@@ -855,8 +860,12 @@ def launch(main):
         line = " ".join(str(e).split())
         if isinstance(e, InputError):
             line = line.split("InputError: ")[-1]  # from a loader's process, whose traceback stands before it
+        elif isinstance(e, torch.OutOfMemoryError):
+            line = ("the GPU's memory is too small: use a larger --accumulate, --checkpointing where one clip alone does "
+                    f"not fit, or a smaller --batch-size ({line[:100]})")
         elif line.startswith("DataLoader worker"):
-            line += ". Memory may have run out: use fewer --workers, and go on with --resume"
+            line += (". Memory may have run out: use fewer --workers, or give a container more of /dev/shm, and go on "
+                     "with --resume")
         elif WORLD > 1 and (isinstance(e, torch.distributed.DistError) or "gloo" in line):
             line = f"lost the other ranks; the one that ended first says why ({line[-150:]})"
         elif not (isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))):

@@ -471,7 +471,7 @@ def flags():
 def main(argv=None):
     args = flags().parse_args(argv)
     args.rank, args.world, args.device, _ = data.start(args)
-    torch.backends.cudnn.deterministic = True  # the same number in every run,
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same number in every run,
     torch.backends.cudnn.allow_tf32 = False  # and on every GPU
     torch.set_float32_matmul_precision("highest")
     if args.save and not os.access(os.path.dirname(args.save) or ".", os.W_OK):  # checked before the long computation

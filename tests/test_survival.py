@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import content_diffusion
 import data
 from data import EncodedClips, InputError, batch_keys, load_checkpoint, open_shard, save_checkpoint, write_shard
 
@@ -383,6 +384,14 @@ def test_two_processes_cannot_train_the_same_stage_and_the_dead_do_not_count(pro
     processes.finish(running)
     assert stage == "autoencoder" or workers
     processes.succeed(processes.start(stage, run, "--resume --steps 2"))
+
+
+def test_a_signal_while_stage_1_evaluates_does_not_wait_for_the_end_of_that(processes, copy):
+    run = copy("run")
+    [(status, output)] = processes.finish(processes.start(
+        "autoencoder", run, "--steps 100 --preview-every 2", ("psnr", 5, signal.SIGTERM)))
+    assert status == 130 and "stopped after step 3, saved" in output and "PSNR" not in output, output
+    assert state_of(run, "autoencoder")["step"] == 3
 
 
 def test_fewer_steps_than_the_checkpoint_has_leave_it_as_it_is(processes, copy, tiny):
@@ -840,3 +849,40 @@ def test_a_full_disk_elsewhere_than_in_saving_is_one_line_too(tmp_path):
         data.launch(lambda: open(tmp_path / "none"))
     with pytest.raises(OSError):  # others keep their traceback
         data.launch(lambda: os.read(-1, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. GPUs (none is needed here)
+
+
+def test_a_gpu_without_enough_memory_is_one_line_that_says_what_to_do():
+    def fill():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 1.")
+
+    with pytest.raises(SystemExit, match="memory is too small: use a larger --accumulate, --checkpointing .*9.00 GiB"):
+        data.launch(fill)
+
+
+@pytest.mark.parametrize("flags, parts", [("--preset webvid_sd21", 2), ("--preset webvid_sd15", 1), ("", 1),
+                                          ("--preset webvid_sd21 --accumulate 4", 4)])
+def test_a_preset_that_needs_two_passes_on_eight_gpus_of_80_gb_makes_them(monkeypatch, tmp_path, flags, parts):
+    monkeypatch.setattr(sys, "argv", ["content_diffusion.py", "--run-dir", str(tmp_path), *flags.split()])
+    args, _ = content_diffusion.flags().parse(content_diffusion.PRESETS, "content")
+    assert args.accumulate == parts
+
+
+@pytest.mark.parametrize("visible, refused", [(None, True), ("0", True), ("", False)])
+def test_a_gpu_on_which_cuda_does_not_start_is_an_error_and_not_a_run_on_the_cpu(monkeypatch, visible, refused):
+    """As a driver that is older than PyTorch leaves it. An empty CUDA_VISIBLE_DEVICES asks for the CPU."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(data.glob, "glob", lambda pattern: ["/dev/nvidia0"] if pattern == "/dev/nvidia[0-9]*" else [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    args = SimpleNamespace(seed=0)
+    if refused:
+        with pytest.raises(InputError, match="CUDA does not start.*set CUDA_VISIBLE_DEVICES= to run on the CPU"):
+            data.start(args)
+    else:
+        assert data.start(args)[2] == torch.device("cpu")
