@@ -326,21 +326,22 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, au
             if data.open_shard(args.run_dir, number)[2] == settings:
                 bar.update(len(keys))
                 return
-        items = []
+        batches, labels, captions = [keys[i : i + size] for i in range(0, len(keys), size)], [], []
         parts = [[torch.zeros(0, *shape, dtype=torch.float16) for shape in (model.content_shape, model.motion_shape)]]
-        for batch in data.load(dataset, [keys[i : i + size] for i in range(0, len(keys), size)], args.workers, list):
-            bar.update(len(batch))
-            batch = [item for item in batch if item]
+        for asked, batch in zip(batches, data.load(dataset, batches, args.workers)):
+            bar.update(len(asked))
             if progress.stop:
                 return
             if batch:
                 # Not under autocast: Stable Diffusion's latents should be as precise as in its own training.
-                frames = to_frames(torch.stack([item["video"] for item in batch]).to(device), image)
+                frames = to_frames(data.to_floats(batch["video"].to(device, non_blocking=True)), image)
                 with autocast:
-                    parts.append([latent.half().cpu() for latent in model.encode(frames)])
-                items += batch
-        data.write_shard(args.run_dir, number, settings, *(torch.cat(part) for part in zip(*parts)),
-                         [item["label"] for item in items], [item["caption"] for item in items])
+                    parts.append([latent.half().to("cpu", non_blocking=True) for latent in model.encode(frames)])
+                labels += batch["label"].tolist()
+                captions += batch["caption"]
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # until then, copies to the CPU may be under way
+        data.write_shard(args.run_dir, number, settings, *(torch.cat(part) for part in zip(*parts)), labels, captions)
 
     with bar:
         for first in range(0, len(shards), world):  # in rounds, so that all ranks stop after the same one
@@ -455,7 +456,7 @@ def main():
         generator.manual_seed(args.seed * 1_000_003 + step)
         noise = args.noise * torch.randn(args.batch_size, *model.motion_shape, generator=generator, device=device)[mine]
         chosen = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]  # for LPIPS
-        video = to_frames(next(clips)["video"].to(device, non_blocking=True), image)
+        video = to_frames(data.to_floats(next(clips)["video"].to(device, non_blocking=True)), image)
 
         loss = 0
         for part in parts:

@@ -9,6 +9,7 @@ writes and stages 2 and 3 read; batches; checkpoints and logs; the start and end
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import ctypes
 import errno
@@ -287,10 +288,11 @@ class VideoFiles(torch.utils.data.Dataset):
     Items: dict(video float32 (3, L, H, W) in [-1, 1], label int, caption str). A key is an index or (index, number):
     number says which of the video's random clips. The same (seed, index, number) gives the same clip in any process. An
     unusable file is named on stderr once, and replaced by another that the same numbers choose; where `replace` is
-    false, None takes its place. InputError after 20 unusable ones in a row.
+    false, None takes its place. InputError after 20 unusable ones in a row. Where `raw` is true, as in `load`, videos
+    are uint8 (L, H, W, 3), a quarter of the bytes.
     """
 
-    classes, replace = [], True
+    classes, replace, raw = [], True, False
 
     def __init__(self, count, frames, size, stride, seed):
         self.count, self.frames, self.size, self.stride, self.seed = count, frames, size, stride, seed
@@ -308,7 +310,7 @@ class VideoFiles(torch.utils.data.Dataset):
             try:
                 rng = np.random.default_rng([self.seed, chosen, number])
                 clip = torch.from_numpy(read_clip(file, self.frames, self.size, self.stride, rng))
-                return dict(video=clip.permute(3, 0, 1, 2) / 127.5 - 1, label=label, caption=caption)
+                return dict(video=clip if self.raw else to_floats(clip), label=label, caption=caption)
             except BadVideo as e:
                 fault = f"{getattr(file, 'name', file)}: {e}"
                 if not self.named[chosen]:
@@ -316,6 +318,11 @@ class VideoFiles(torch.utils.data.Dataset):
                 self.named[chosen] = True
         if self.replace:
             raise InputError(f"20 videos in a row cannot be used; the last is {fault}")
+
+
+def to_floats(video):
+    """uint8 (..., L, H, W, 3) -> float (..., 3, L, H, W) in [-1, 1]. What is float already stays."""
+    return video if video.is_floating_point() else video.movedim(-1, -4) / 127.5 - 1
 
 
 class VideoFolder(VideoFiles):
@@ -631,16 +638,25 @@ def batches(dataset, indices, batch_size, seed=0, step=0, workers=0):
     return load(dataset, batch_keys(indices, batch_size, seed, step, RANK, WORLD), workers)
 
 
-def load(dataset, keys, workers, collate=None):
-    """Iterates over the batches of an iterable of lists of keys. workers: processes, at most one for each core."""
+def load(dataset, keys, workers):
+    """Iterates over the batches of an iterable of lists of keys; videos in them are for `to_floats`, on the device.
+    workers: processes, at most one for each core."""
+    dataset = copy.copy(dataset)
+    dataset.raw = True
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=min(workers, cores), collate_fn=collate,
-        worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None))
+        worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available()))
     # torch's handler raises a worker's death at any point of the main process, even while it reports another error.
     # Without the handler the loader notices by itself, within 5 seconds.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return loader
+
+
+def collate(items):
+    """A batch of the items that are not None, or None."""
+    items = [item for item in items if item]
+    return torch.utils.data.default_collate(items) if items else None
 
 
 def ignore_signals(_):

@@ -453,6 +453,23 @@ def test_hostile_files_are_replaced_and_each_is_named_once(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_the_loader_carries_bytes_that_become_the_floats_of_the_items_bit_for_bit(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"good{i}.mp4", frames=10)
+    videos = data.VideoFolder(tmp_path, 8, (16, 24))
+    keys = [[(0, 0), (2, 1)], [(1, 0)]]
+    for workers in (0, 1):
+        batches = list(data.load(videos, keys, workers))
+        for batch, wanted in zip(batches, keys, strict=True):
+            assert batch["video"].dtype == torch.uint8
+            items = [videos[key]["video"] for key in wanted]
+            assert items[0].dtype == torch.float32 and items[0].shape == (3, 8, 16, 24)
+            assert torch.equal(data.to_floats(batch["video"]), torch.stack(items))
+    shapes = data.MovingShapes(4, 16)  # are drawn in floats
+    batch = next(data.load(shapes, [[(5, 0)]], 0))["video"]
+    assert torch.equal(data.to_floats(batch)[0], shapes[5]["video"])
+
+
 def test_no_usable_file_is_an_error_that_says_what_was_looked_for(tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(data.InputError, match=f"{folder}: no such folder, or no videos in it.*\\.avi .*\\.gif"):

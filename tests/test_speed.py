@@ -203,7 +203,7 @@ def test_sampling_macs_gives_the_papers_table_10():
 
 def test_the_loader_decodes_little_more_than_it_uses(tmp_path, capsys):
     bench.make_videos(str(tmp_path), "ucf101")
-    args = SimpleNamespace(data=str(tmp_path), rounds=1)
+    args = SimpleNamespace(data=str(tmp_path), rounds=1, device=torch.device("cpu"))
     bench.bench_loader(args, "ucf101")
     decoded = float(capsys.readouterr().out.split(" frames decoded")[0].split()[-1])
     assert 1 <= decoded < 3  # a clip of 16 frames, key frames 12 apart

@@ -479,10 +479,14 @@ def bench_loader(args, preset):
             picks = [paths[i] for i in rng.integers(len(paths), size=clips)]
             turns.append([timed(lambda: [read(path, frames, size, rng=rng) for path in picks])[1] / clips
                           for read in (data.read_clip, plain_read)])
+        loaded = data.load(dataset, [[(i % len(dataset), i)] for i in range(9)], 1)
+        batch = next(loaded)["video"]  # starts the process
+        seconds = timed(lambda: [data.to_floats(batch["video"].to(args.device)) for batch in loaded])[1] / 8
     ours, own = (statistics.median(seconds) for seconds in zip(*turns[1:]))
     print(f"loader: {1 / ours:.1f} clips/s a core of {frames} frames at {size[0]}x{size[1]}, "
           f"{sum(decoded) / (len(turns) * clips * frames):.2f} frames decoded for each used; decoding from each "
           f"file's start {1 / own:.1f}, so {ours / own:.2f}x its time, {own / ours:.2f}x its clips")
+    print(f"loader: {1 / seconds:.1f} clips/s from one process to the device, {batch.nbytes / 1e6:.2f} MB a clip on the way")
 
 
 def make_videos(folder, preset):
