@@ -2,11 +2,13 @@
 
     python sample.py --num 240 --out /tmp/generated && python tools/judge.py /tmp/generated
 
-About a minute on 2 cores. Trains a classifier on real clips and prints its accuracy on real test clips. For each folder
-of generated clips it prints the share of clips whose shape and motion, and whose motion alone, it classifies as
-captions.txt says; the Frechet distance of its features (an FVD for shapes, comparable between runs because the
-classifier is always the same); and the standard deviation of colours and positions within a class, divided by that of
-real clips, which takes two clips or more of each class. For --reconstruct and --predict-motion, name the `fake` folder.
+About a minute on 2 cores. Trains a classifier on real clips and prints its accuracy on others. Both sets are of seeds of
+their own, so that no run trains on, reconstructs or is given one of these clips. For each folder of generated clips it
+prints the share of clips whose shape and motion, and whose motion alone, it classifies as captions.txt says; the
+Frechet distance of its features from those of the other real clips (an FVD for shapes, comparable between runs because
+the classifier is always the same); and the standard deviation of colours and positions within a class, divided by that
+of real clips, which takes two clips or more of each class. For --reconstruct and --predict-motion, name the `fake`
+folder.
 """
 
 import os
@@ -23,6 +25,7 @@ from data import InputError, MovingShapes
 from fvd import frechet_distance
 
 FRAMES, SIZE = 16, 32
+TRAINING, REFERENCE = 123_456_789, 987_654_321  # seeds of the judge's two sets: no run has them as its --seed
 
 
 class Classifier(nn.Sequential):
@@ -39,10 +42,10 @@ def batch_of(dataset, indices):
     return torch.stack([item["video"] for item in items]), torch.tensor([item["label"] for item in items])
 
 
-def train(steps=700, batch=48, seed=1):
-    """A Classifier, trained on real clips of another seed than the generator's."""
+def train(steps=700, batch=48):
+    """A Classifier, trained on real clips."""
     torch.manual_seed(0)
-    model, dataset = Classifier(), MovingShapes(FRAMES, SIZE, seed)
+    model, dataset = Classifier(), MovingShapes(FRAMES, SIZE, TRAINING)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for step in range(steps):
@@ -92,7 +95,7 @@ def read_folder(folder):
     captions = os.path.join(folder, "captions.txt")
     if not os.path.isfile(captions):  # sample.py writes them beside `real` and `fake`
         captions = os.path.join(folder, "..", "captions.txt")
-    names = sorted(name for name in data.find_videos(folder) if name.endswith(".mp4"))
+    names = sorted(name for name in data.find_videos(folder) if not name.endswith(".gif"))
     try:
         with open(captions) as file:
             labels = torch.tensor([MovingShapes.classes.index(" ".join(line.split()[-3:])) for line in file])
@@ -109,9 +112,8 @@ def main():
     parser = data.Flags(__doc__)
     parser.add_argument("folders", nargs="+", help="folders that sample.py wrote from a shapes run")
     folders = {folder: read_folder(folder) for folder in parser.parse_args().folders}
-    model, test = train(), MovingShapes(FRAMES, SIZE, split="test")
-    real, real_labels = batch_of(test, range(600))
-    print(f"classifier on 600 real test clips: {accuracy(model, real, real_labels)[0]:.1%} right")
+    model, (real, real_labels) = train(), batch_of(MovingShapes(FRAMES, SIZE, REFERENCE), range(2400))
+    print(f"classifier on {len(real)} other real clips: {accuracy(model, real, real_labels)[0]:.1%} right")
     of_real = spread(real, real_labels)
     for folder, (videos, labels) in folders.items():
         both, motion = accuracy(model, videos, labels)
