@@ -60,9 +60,16 @@ def train(steps=700, batch=48):
 
 @torch.no_grad()
 def features(model, videos):
-    """(N, 64): the classifier's last feature maps, averaged over time and space."""
-    layers = nn.Sequential(*list(model)[:4])
-    return torch.cat([layers(part).mean((2, 3, 4)) for part in videos.split(60)])
+    """(N, 352): mean and deviation over time and space of every feature map of the classifier. The last layers' tell
+    shape and motion, the first ones' how sharp a clip is and its colours, which the class alone would not ask for."""
+    rows = []
+    for maps in videos.split(60):
+        found = []
+        for layer in list(model)[:4]:
+            maps = layer(maps)
+            found += [maps.mean((2, 3, 4)), maps.std((2, 3, 4))]
+        rows.append(torch.cat(found, 1))
+    return torch.cat(rows)
 
 
 @torch.no_grad()
