@@ -470,12 +470,13 @@ def tile(videos, columns, gap=2, colour=0):
 
 def write_video(path, video, fps):
     """Writes a video, float (C, L, H, W) in [-1, 1] or uint8 (L, H, W, 3), or a list of them side by side in rows of 6.
-    The ending chooses: .mp4, H.264 that plays everywhere (odd sides grow by one pixel, which repeats the edge), or
-    .gif, 256 colours chosen for this video, without dithering, so that what stands still does not flicker."""
+    The ending chooses: .mp4, H.264 that plays everywhere (odd sides grow by one pixel, which repeats the edge); .mkv,
+    FFV1, whose frames read_clip returns to the last bit; or .gif, 256 colours chosen for this video, without dithering,
+    so that what stands still does not flicker."""
     video = tile(video, min(6, len(video))) if isinstance(video, list) else to_uint8(video)
     ending = os.path.splitext(path)[1].lower()
-    if ending not in (".mp4", ".gif"):
-        raise InputError(f"{path}: videos are written as .mp4 or .gif")
+    if ending not in (".mp4", ".mkv", ".gif"):
+        raise InputError(f"{path}: videos are written as .mp4, .mkv or .gif")
     with atomic_write(path) as temporary:
         if ending == ".gif":
             L, H, W, _ = video.shape
@@ -484,17 +485,20 @@ def write_video(path, video, fps):
             times = np.diff((np.arange(L + 1) * 100 / fps).round()).clip(2)  # in 1/100 s; viewers slow down shorter
             first.save(temporary, "GIF", save_all=True, append_images=rest, duration=(times * 10).tolist(), loop=0)
             return
-        video = np.pad(video, [(0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)], mode="edge")
-        with av.open(temporary, "w", format="mp4") as file:
-            stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
-            # mbtree reads uninitialised memory in small pictures: the same video would give other bytes each time.
-            stream.options = {"crf": "18", "x264-params": "mbtree=0"}
-            of = stream.codec_context
-            of.colorspace = of.color_primaries = of.color_trc = of.color_range = 1  # BT.709, limited range
+        codec, layout, container = ("ffv1", "bgr0", "matroska") if ending == ".mkv" else ("libx264", "yuv420p", "mp4")
+        if ending == ".mp4":
+            video = np.pad(video, [(0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)], mode="edge")
+        with av.open(temporary, "w", format=container) as file:
+            stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+            stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], layout
+            if ending == ".mp4":
+                # mbtree reads uninitialised memory in small pictures: the same video would give other bytes each time.
+                stream.options = {"crf": "18", "x264-params": "mbtree=0"}
+                of = stream.codec_context
+                of.colorspace = of.color_primaries = of.color_trc = of.color_range = 1  # BT.709, limited range
             for i, picture in enumerate(video):
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", **SCALING)
+                frame = frame.reformat(format=layout, dst_colorspace="ITU709", **SCALING)
                 frame.pts = i
                 file.mux(stream.encode(frame))
             file.mux(stream.encode())

@@ -1,16 +1,18 @@
 """Sampling: noise -> content frame -> motion latent -> clip. Algorithm 1 and appendix B.4 of the paper.
 
-Reads the checkpoints that it needs from a run folder, and what --image or --data names. Writes one .mp4 a clip,
-captions.txt with a line a clip, and samples.gif and samples.png, an overview to look at.
+Reads the checkpoints that it needs from a run folder, and what --image or --data names. Writes one .mp4 a clip (one
+.mkv with --lossless, for fvd.py), captions.txt with a line a clip, and samples.gif and samples.png, an overview.
 
     python sample.py                                                 # two clips of each class of runs/shapes
     python sample.py --run-dir runs/ucf101 --label Archery --num 4
     python sample.py --run-dir runs/webvid_sd21 --prompt "a ship in a storm, oil painting" --guidance 8.5
     python sample.py --run-dir runs/webvid_sd21 --prompt "waves" --image photo.jpg       # animate a picture
-    python sample.py --run-dir runs/ucf101 --reconstruct --num 2048  # table 4a: real/ and fake/ for fvd.py
+    python sample.py --run-dir runs/ucf101 --reconstruct --split ucfTrainTestlist/trainlist01.txt --num 2048 --lossless
 
 A guidance scale s means eps = s eps(c) + (1 - s) eps(nothing): the paper's w is s - 1, and s = 1 is no guidance. The
-same formula holds where the model predicts x or v.
+same formula holds where the model predicts x or v. Whether the paper's figures (4.0 on UCF-101, 7.5 for text) are w or
+s it leaves open: its formula says w, the authors' release passes 4.0 as s, and 7.5 is Stable Diffusion's usual s. Here
+they are taken as w. The motion is drawn without guidance: the release guides the content frame alone.
 """
 
 import concurrent.futures
@@ -118,12 +120,7 @@ class Sampler:
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 
-DEFAULTS = {  # by the run's preset: guidance scales of content and motion. The paper's w is 4 on UCF-101, 7.5 for text.
-    "shapes": dict(guidance=2.0, motion_guidance=1.5),
-    "ucf101": dict(guidance=5.0, motion_guidance=5.0),
-    "webvid_sd15": dict(guidance=8.5, motion_guidance=8.5),
-    "webvid_sd21": dict(guidance=8.5, motion_guidance=8.5),
-}
+GUIDANCE = dict(shapes=2.0, ucf101=5.0, webvid_sd15=8.5, webvid_sd21=8.5)  # content's scale, by the run's preset
 
 
 def flags():
@@ -140,12 +137,15 @@ def flags():
     add("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
     add("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
     add("--predict-motion", action="store_true", help="real content frames, generated motion (table 4a)")
-    add("--data", help="real clips for the two above (default: the data set that stage 1 was trained on)")
+    add("--data", help="all real clips of this data set for the two above (default: the test clips of stage 1's)")
+    add("--split", help="list of the videos of --data, or of stage 1's data, to use, such as trainlist01.txt")
+    add("--captions", help="CSV whose paths start from --data")
     add = parser.add_argument_group("how to draw it").add_argument
     add("--steps", type="count", default=50, help="sampling steps of the content frame, at most 1000")
     add("--motion-steps", type="count", default=100, help="sampling steps of the motion, at most 1000")
-    add("--guidance", type="number", help="guidance scale of the content frame (default: the preset's)")
-    add("--motion-guidance", type="number", help="guidance scale of the motion (default: the preset's)")
+    add("--guidance", type="number", help="guidance scale of the content frame (default: 2 for shapes, 5 for ucf101, "
+        "8.5 for webvid)")
+    add("--motion-guidance", type="number", default=1.0, help="guidance scale of the motion; 1: none")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ (2M) needs fewer steps")
     add("--eta", type="share", default=0.0, help="DDIM's noise, from 0 (none) to 1 (ancestral)")
     add("--seed", type="whole", default=0, help="a seed gives the same clips whatever the batch size")
@@ -156,6 +156,7 @@ def flags():
     add = parser.add_argument_group("output").add_argument
     add("--out", help="folder (default: a new one in the run folder)")
     add("--fps", type="count", default=8, help="frames a second of the files")
+    add("--lossless", action="store_true", help="write .mkv files that keep every bit, for scoring, in place of .mp4")
     return parser
 
 
@@ -168,7 +169,8 @@ def check_flags(args):
     if max(args.steps, args.motion_steps) > 1000:
         raise InputError("--steps and --motion-steps are at most 1000, the number of noise levels in training")
     real = args.reconstruct or args.predict_motion
-    for name in ("label", "prompt", "prompts", "image", "same_content") if real else ["data"]:
+    wrong = ("label", "prompt", "prompts", "image", "same_content") if real else ("data", "split", "captions")
+    for name in wrong:
         if getattr(args, name):
             raise InputError(f"--{name.replace('_', '-')} does not go with "
                              f"{'real clips' if real else 'generated clips'}: drop it")
@@ -233,25 +235,27 @@ def main():
     for line in sampler.unfinished if rank == 0 else ():
         print(f"{args.run_dir}/{line}")
     trained = sampler.state["args"]
-    for name, value in DEFAULTS[trained["preset"]].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.guidance is None:
+        args.guidance = GUIDANCE[trained["preset"]]
     size = trained["size"]  # [H, W] in pixels
 
     real = None
     if args.reconstruct or args.predict_motion:
-        _, _, real, test = data.open_dataset(args.data or trained["data"], trained["frames"], size, trained["stride"],
-                                             trained["split"], trained["captions"], trained["seed"])
-        wishes, captions = [int(n) for n in test[: args.num or 24]], {}
+        split, listed = [getattr(args, name) or (None if args.data else trained[name]) for name in ("split", "captions")]
+        everything, indices, real, chosen = data.open_dataset(
+            args.data or trained["data"], trained["frames"], size, trained["stride"], split, listed, trained["seed"])
+        if (args.data or args.split) and indices is not None:  # else the test clips
+            real, chosen = everything, np.random.default_rng(args.seed).permutation(len(everything))
+        wishes, captions = [int(n) for n in chosen[: args.num or 24]], {}
         if rank == 0 and len(wishes) < (args.num or 0):
-            print(f"{len(wishes)} clips, not {args.num}: there are no more")
+            print(f"{len(wishes)} clips, not {args.num}: the data set has no more")
     else:
         with_text = any(stage and stage.text for stage in (sampler.content, sampler.motion))
         wishes, names = read_wishes(args, with_text, sampler.state["classes"])
         captions = dict(enumerate(names))
     picture = to_frames(read_image(args.image, size).to(device), sampler.image)[:, :, 0] if args.image else None
     folder = new_folder(args, rank, world)
-    fake = f"{folder}/fake" if real else folder
+    fake, ending = f"{folder}/fake" if real else folder, "mkv" if args.lossless else "mp4"
     for path in (f"{folder}/real", fake) if real else [fake]:
         os.makedirs(path, exist_ok=True)
 
@@ -268,7 +272,7 @@ def main():
                 content, motion = sampler.autoencoder.encode(to_frames(videos.to(device), sampler.image))
                 captions |= {n: item["caption"] for n, item in zip(batch, items)}
                 wanted = [item["caption" if sampler.motion and sampler.motion.text else "label"] for item in items]
-                jobs += [writers.submit(data.write_video, f"{folder}/real/{n:05d}.mp4", video, args.fps)
+                jobs += [writers.submit(data.write_video, f"{folder}/real/{n:05d}.{ending}", video, args.fps)
                          for n, video in zip(batch, videos)]
             elif picture is not None:
                 content = picture.expand(len(batch), -1, -1, -1)
@@ -281,7 +285,7 @@ def main():
             if not args.reconstruct:
                 motion = sampler.draw_motion(content, wanted, batch)
             videos = [video.clone() for video in sampler.decode(content, motion).cpu()]  # not views of one
-            jobs += [writers.submit(data.write_video, f"{fake}/{n:05d}.mp4", video, args.fps)
+            jobs += [writers.submit(data.write_video, f"{fake}/{n:05d}.{ending}", video, args.fps)
                      for n, video in zip(batch, videos)]
             shown += list(zip(batch, videos))[: most - len(shown)]
             bar.update(len(batch))
