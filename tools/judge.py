@@ -97,7 +97,7 @@ def spread(videos, labels):
             for name, value in traits(videos).items()}
 
 
-def read_folder(folder):
+def read_folder(folder, frames=FRAMES):
     """(videos (N, 3, L, H, W), labels (N,)) of a folder that sample.py wrote."""
     captions = os.path.join(folder, "captions.txt")
     if not os.path.isfile(captions):  # sample.py writes them beside `real` and `fake`
@@ -111,7 +111,7 @@ def read_folder(folder):
     if not names or len(names) != len(labels):
         raise InputError(f"{folder} has {len(names)} clips and {len(labels)} captions of shapes: name a folder that "
                          "sample.py wrote from a shapes run, or of --reconstruct its fake folder")
-    clips = np.stack([data.read_clip(os.path.join(folder, name), FRAMES) for name in names])  # (N, L, H, W, 3)
+    clips = np.stack([data.read_clip(os.path.join(folder, name), frames) for name in names])  # (N, L, H, W, 3)
     return torch.from_numpy(clips).permute(0, 4, 1, 2, 3) / 127.5 - 1, labels
 
 
