@@ -226,10 +226,10 @@ def reconstruction_loss(output, video, kind, lpips=None, chosen=None):
 
 # ---- Presets and flags ----------------------------------------------------------------------------------------------
 
-PAPER = dict(  # table 5 and appendix B
+PAPER = dict(  # table 5 and appendix B; the number of steps is ours, the paper says about a week on 8 A100
     frames=16, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False, noise=0.0, lr=1e-5,
-    betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0, save_every=2000, preview_every=2000,
-    log_every=50, workers=8,
+    betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0, clips_per_video=1, save_every=2000,
+    preview_every=2000, log_every=50, workers=8,
 )
 PRESETS = {
     # Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each token, upsampled, because
@@ -239,9 +239,10 @@ PRESETS = {
     "shapes": dict(
         data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
         smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay_steps=1400,
-        clips=4000, save_every=500, preview_every=1000, log_every=50, workers=0,
+        clips=4000, clips_per_video=1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
-    "ucf101": dict(PAPER, size=[64], channels=3, loss="l1"),  # plus LPIPS with --lpips, which needs two files
+    # Plus LPIPS with --lpips, which needs two files. 32 clips a video: stages 2 and 3 see each video 3,000 times.
+    "ucf101": dict(PAPER, size=[64], channels=3, loss="l1", clips_per_video=32),
     "webvid_sd15": dict(PAPER, size=[512], channels=4, loss="mse"),
     "webvid_sd21": dict(PAPER, size=[512, 1024], channels=4, loss="mse"),
 }
@@ -275,7 +276,7 @@ def flags():
     add("--noise", type="number", help="standard deviation of the noise on the motion latent")
     add = parser.add_argument_group("encoding").add_argument
     add("--clips", type="whole", help="videos to encode; 0: all")
-    add("--clips-per-video", type="count", default=1, help="clips from each video, each from a random start")
+    add("--clips-per-video", type="count", help="clips from each video, each from a random start")
     add("--shard-size", type="count", default=1024, help="clips in a file")
     return parser
 

@@ -1,7 +1,7 @@
 """How good generated videos are: FVD against real videos, or CLIPSIM against their prompts.
 
     python fvd.py REAL FAKE --i3d i3d_torchscript.pt                  FVD of all videos in two folders
-    python fvd.py UCF-101 samples --i3d i3d_torchscript.pt --split LIST --num 2048    the paper's protocol
+    python fvd.py UCF-101 samples --i3d i3d_torchscript.pt --split LIST --num 2048    the paper's protocol; or 10000
     torchrun --nproc-per-node 8 fvd.py REAL FAKE --i3d i3d_torchscript.pt           the same number, on eight GPUs
     python fvd.py REAL FAKE --i3d i3d_torchscript.pt --save real.npz  later, real.npz can take the place of REAL
     python fvd.py shapes samples --i3d random --num 24                try the script out; nothing to download
@@ -14,7 +14,9 @@ video, I3D trained on Kinetics-400, its 400 outputs before the softmax, the cova
 
 Where we differ, and why: all videos are resized to the size of FAKE (--size), since comparing 320x240 with 64x64 would
 measure the size; FAKE's clips are random too, where StyleGAN-V takes the first frames; --num picks a random subset,
-since the first 2,048 files of UCF-101 cover only 20 classes; matrix square roots use eigenvectors in float64, not
+since the first 2,048 files of UCF-101 cover only 20 classes, and takes further clips of the same videos where REAL has
+fewer (UCF-101's 9,537, of 10,000); FAKE should be sample.py's --lossless files, and the line names their codec, since
+an .mp4 loses what FVD sees; matrix square roots use eigenvectors in float64, not
 sqrtm. FVD depends on N and all else that the result's line states: compare only numbers whose lines agree.
 """
 
@@ -44,7 +46,7 @@ class Statistics:
     """Mean (D,) and covariance (D, D) of N features that arrive in batches, in float64. outer: the sum of the outer
     products of the centered features. meta: how the features were made, by FIELDS."""
 
-    FIELDS = ("frames", "size", "stride", "seed", "kind", "name", "detector")
+    FIELDS = ("frames", "size", "stride", "seed", "kind", "name", "detector", "videos", "codec")
 
     def __init__(self, **meta):
         self.num, self.mean, self.outer, self.meta = 0, 0.0, 0.0, meta
@@ -308,17 +310,26 @@ class VideoSet:
             paths = {path: path for path in folders if path != "."}
         self.paths = dict(sorted(paths.items(), key=lambda item: natural(item[1])))
 
-    def read(self, stem, size=None, first=False):
+    def read(self, stem, size=None, first=False, number=0):
         """uint8 (L, H, W, 3), or BadVideo. size: (H, W), or None for the file's. first: the clip starts at the first
-        frame, not at a random one, which depends on (seed, stem) only."""
+        frame, not at a random one, which depends on (seed, stem, number) only."""
         args = self.args
         if self.folder == "shapes":
-            clip = data.MovingShapes(args.frames, size or 64, args.seed, "test")[int(stem)]["video"]
-            return ((clip + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
-        rng = None if first else np.random.default_rng([args.seed, zlib.crc32(os.fsencode(stem))])
+            return data.to_uint8(data.MovingShapes(args.frames, size or 64, args.seed, "test")[int(stem), number]["video"])
+        rng = None if first else np.random.default_rng([args.seed, zlib.crc32(os.fsencode(stem)) + number])
         path = os.path.join(self.folder, self.paths[stem])
         read = read_frames if os.path.isdir(path) else data.read_clip
         return read(path, args.frames, size, args.stride, rng)
+
+    def codec(self):
+        """Of the first video that can be opened: what its frames went through before they are scored."""
+        for path in self.paths.values() if self.folder != "shapes" else ():
+            with contextlib.suppress(data.BadVideo):
+                if os.path.isdir(os.path.join(self.folder, path)):
+                    return "images"
+                for stream, _, _ in data.read_packets(os.path.join(self.folder, path)):
+                    return stream.codec_context.name
+        return "none"
 
     def native_size(self):
         """(H, W) of the first video that can be read."""
@@ -333,25 +344,27 @@ def warn(args, text):
         print(text, file=sys.stderr)
 
 
-def for_each_video(videos, read, score, args, label):
-    """Returns a row for each video, or for --num of them in random order, without those that cannot be read.
+def for_each_video(videos, read, score, args, label, several=False):
+    """Returns a row for each video, or for --num of them in random order, without those that cannot be read. several:
+    where --num is more than the videos, further clips of them are read.
 
-    read(stem) -> anything, or BadVideo; score([what read returned]) -> rows. Batches are formed before they are dealt
+    read(stem, number) -> anything, or BadVideo; score([what read returned]) -> rows. Batches are formed before they are dealt
     out to the ranks, so that each call of the network is the same on any number of ranks. All ranks return all rows.
     """
     stems = list(videos.paths)
-    num = min(args.num or len(stems), len(stems))
-    if num < len(stems):  # those after the first `num` replace unreadable ones
+    num = args.num if args.num and several else min(args.num or len(stems), len(stems))
+    if num != len(stems):  # those after the first `num` replace unreadable ones
         stems = [stems[index] for index in np.random.default_rng(args.seed).permutation(len(stems))]
-    batches = [stems[start : start + args.batch_size] for start in range(0, len(stems), args.batch_size)]
+    clips = [(stem, number) for number in range(math.ceil(num / max(1, len(stems)))) for stem in stems]
+    batches = [clips[start : start + args.batch_size] for start in range(0, len(clips), args.batch_size)]
     batches += [[]] * (-len(batches) % args.world + args.world)  # the same number on each rank, the last one empty
     batches = batches[args.rank :: args.world]
 
-    def load(stem):
+    def load(clip):
         try:
-            return read(stem), None
+            return read(*clip), None
         except data.BadVideo as error:
-            return None, f"{videos.paths[stem]}: {error}"
+            return None, f"{videos.paths[clip[0]]}: {error}"
 
     rows, faults, bar = [], [], tqdm(total=num, desc=label, unit=" videos", disable=args.rank > 0)
     with ThreadPoolExecutor(args.workers) as pool, bar:
@@ -380,10 +393,11 @@ def for_each_video(videos, read, score, args, label):
 
 def statistics(videos, label, detector, size, args):
     """The Statistics of a VideoSet's features."""
-    label = f"{label}, {KINDS[detector.kind][0]}"
-    features = for_each_video(videos, lambda stem: videos.read(stem, size), detector, args, label)
+    features = for_each_video(videos, lambda stem, number: videos.read(stem, size, number=number), detector, args,
+                              f"{label}, {KINDS[detector.kind][0]}", several=label == "REAL")
     return Statistics(frames=args.frames, size=list(size), stride=args.stride, seed=args.seed, kind=detector.kind,
-                      name=os.path.basename(args.i3d), detector=detector.checksum).add(features)
+                      name=os.path.basename(args.i3d), detector=detector.checksum, videos=len(videos.paths),
+                      codec=videos.codec()).add(features)
 
 
 def fvd_line(real, fake, args):
@@ -397,9 +411,13 @@ def fvd_line(real, fake, args):
     if real.num != fake.num:
         warn(args, f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both, see --num")
     height, width = meta["size"]
+    clips = "one random clip of each video"
+    if real.num > real.meta["videos"]:
+        clips = f"several random clips of each of {real.meta['videos']} real videos"
     return (f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake videos | {meta['frames']} frames, "
-            f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']} | {KINDS[meta['kind']][0]}, "
-            f"{meta['name']}: {features} numbers before the softmax; one random clip of each video; covariance over N")
+            f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']}; codecs: real {real.meta['codec']}, fake "
+            f"{meta['codec']} | {KINDS[meta['kind']][0]}, {meta['name']}: {features} numbers before the softmax; {clips}; "
+            "covariance over N")
 
 
 def load_clip(path, device="cpu"):
@@ -424,7 +442,7 @@ def clipsim_line(videos, args):
         raise data.InputError(f"{file} has {len(lines)} prompts for {len(videos.paths)} videos: give one line for each")
     prompts = dict(zip(videos.paths, lines))
 
-    def read(stem):
+    def read(stem, _):
         return videos.read(stem, args.size, first=True), prompts[stem]
 
     @torch.inference_mode()
@@ -447,7 +465,8 @@ def flags():
     parser.add_argument("real", metavar="REAL", help="folder of videos or of folders of frames, .npz, or shapes")
     parser.add_argument("fake", metavar="FAKE", nargs="?", help="the same; --clipsim takes one folder alone")
     add = parser.add_argument_group("protocol").add_argument
-    add("-n", "--num", type="count", help="this many videos of each set, at random; torchrun accepts only -n")
+    add("-n", "--num", type="count", help="this many videos of each set, at random, and where REAL has fewer, several "
+        "clips of them; torchrun accepts only -n")
     add("--frames", type="count", default=16, help="L, frames in a clip")
     add("--size", type="count", nargs="+", help="resize and crop to N, or to H W; without it, to FAKE's first video")
     add("--stride", type="count", default=1, help="take every n-th frame of the video")

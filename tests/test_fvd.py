@@ -553,6 +553,26 @@ def test_a_split_chooses_the_videos_of_real(tiny, capsys, tmp_path):
     assert "3 real, 6 fake" in out
 
 
+def test_a_real_set_of_few_videos_gives_several_clips_of_each_and_the_line_names_both_codecs(tiny, capsys, tmp_path):
+    for folder, count, frames, ending in (("real", 3, 24, "mp4"), ("fake", 5, 9, "mkv")):
+        (tmp_path / folder).mkdir()
+        for index in range(count):
+            clip = data.MovingShapes(frames, 32, seed=count)[index]["video"]
+            data.write_video(str(tmp_path / folder / f"{index}.{ending}"), clip, 8)
+    flags = ["--i3d", tiny, "--frames", "9"]
+    out, _ = fid(capsys, tmp_path / "real", tmp_path / "fake", *flags, "--num", "5", "--save", tmp_path / "real.npz")
+    assert "5 real, 5 fake" in out and "several random clips of each of 3 real videos" in out
+    assert "codecs: real h264, fake ffv1" in out
+    detector, order, rows = fvd.load_detector(tiny), np.random.default_rng(0).permutation(3), []
+    for number, index in [*((0, i) for i in order), (1, order[0]), (1, order[1])]:
+        rng = np.random.default_rng([0, fvd.zlib.crc32(str(index).encode()) + number])
+        rows.append(detector([data.read_clip(str(tmp_path / "real" / f"{index}.mp4"), 9, rng=rng)])[0])
+    assert not np.array_equal(rows[0], rows[3])
+    np.testing.assert_allclose(fvd.Statistics.load(tmp_path / "real.npz").cov, fvd.Statistics().add(rows).cov, atol=1e-6)
+    out, _ = fid(capsys, tmp_path / "fake", tmp_path / "real", *flags, "--num", "5")  # of FAKE each video counts once
+    assert "5 real, 3 fake" in out and "one random clip of each video" in out
+
+
 def test_mistakes_cost_one_line(folders, tiny, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.npz").write_text("no")

@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 import data
 import sample
 from autoencoder import load_autoencoder
-from data import EncodedClips, MovingShapes, read_clip, write_video
+from data import EncodedClips, MovingShapes, VideoFolder, read_clip, to_uint8, write_video
 
 TINY = ("--width 16 --heads 2 --depth 1 --size 16 --frames 6 --steps 4 --batch-size 4 --log-every 2 --save-every 2 "
         "--preview-every 2 --clips 40 --shard-size 16").split()
@@ -117,6 +117,23 @@ def test_real_clips_through_a_part_of_the_model(script, shapes_run, tmp_path):
         assert real.shape == clips_in(tmp_path / flag / "fake").shape == (3, 6, 16, 16, 3)
         expected = MovingShapes(6, 16, 0, split="test")[1]["video"].permute(1, 2, 3, 0).numpy() * 127.5 + 127.5
         assert abs(real[1].mean() - expected.mean()) < 4
+
+
+def test_all_of_an_explicit_data_set_or_split_is_used_and_lossless_files_hold_its_very_frames(
+        script, shapes_run, video_folder, tmp_path):
+    lists = {"all": None, "some": ["class0/0.gif", "class1/1.avi 2", "class1/5.avi 2"]}
+    for name, lines in lists.items():
+        split = ["--split", tmp_path / "list.txt"] if lines else []
+        (tmp_path / "list.txt").write_text("\n".join(lines or []))
+        done = script("sample.py", "--run-dir", shapes_run, "--reconstruct", "--data", video_folder, *split,
+                      "--num", 200, "--lossless", "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert f"{3 if lines else 9} clips, not 200: the data set has no more" in done.stdout
+    assert len(os.listdir(tmp_path / "all" / "real")) == 9  # of nine files, one is broken and replaced by another
+    written = [read_clip(str(tmp_path / "some" / "real" / f"0000{i}.mkv"), 6) for i in range(3)]
+    dataset = VideoFolder(video_folder, 6, 16, tmp_path / "list.txt")
+    expected = [dataset[int(i)]["video"] for i in np.random.default_rng(0).permutation(3)]
+    assert all(np.array_equal(clip, to_uint8(video)) for clip, video in zip(written, expected))
 
 
 def test_the_clips_kept_out_of_training_do_not_depend_on_the_seed_of_sampling(script, shapes_run, tmp_path):
