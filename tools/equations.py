@@ -9,16 +9,16 @@ guidance.png (classifier-free guidance).
 import os
 import sys
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from draw import ASSETS, FONT, INK, SMALL, heat
+
 import data
 from autoencoder import load_autoencoder
 from content_diffusion import ddim, guided, load_content
 from data import MovingShapes, to_uint8
-from draw import ASSETS, FONT, INK, SMALL, heat
 from motion_diffusion import load_motion
 
 GAP, LABEL = 6, 190  # pixels
