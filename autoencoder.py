@@ -324,7 +324,7 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, au
     def encode_shard(number, keys):
         settings = made_with | dict(keys=len(keys))
         with contextlib.suppress(InputError):  # missing or damaged
-            if data.open_shard(args.run_dir, number)[2] == settings:
+            if data.open_shard(args.run_dir, number, check=True)[2] == settings:
                 bar.update(len(keys))
                 return
         batches, labels, captions = [keys[i : i + size] for i in range(0, len(keys), size)], [], []
