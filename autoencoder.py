@@ -258,7 +258,8 @@ def flags():
     add("--split", help="path of a list of the videos to use, such as UCF-101's trainlist01.txt")
     add("--size", type="count", nargs="+", help="pixels: one number, or height and width")
     add("--frames", type="count", help="L, frames a clip (table 4b: 16 or 24)")
-    add("--stride", type="count", default=1, help="take every n-th frame of the video")
+    add("--stride", type="count", default=1, help="take every n-th frame of the video: a clip spans n times the time, "
+        "and sample.py plays it at 1/n of the video's frame rate, so at its speed")
     add = parser.add_argument_group("model (table 5)").add_argument
     add("--sd", help="raw Stable Diffusion or image autoencoder file: clips become its latents")
     add("--patch", type="count", help="side of a patch, in pixels or latents")
@@ -302,12 +303,12 @@ def check_flags(args, saved):
 # ---- Encoding the data set, and training ----------------------------------------------------------------------------
 
 @torch.no_grad()
-def encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, progress):
+def encode_dataset(args, model, image, dataset, indices, test_set, test, rank, world, device, autocast, progress):
     """Encodes the data set into the run folder's shards, the ranks in turn, and sets the model's mean and deviation of
-    the motion latents. A shard that exists already is kept: an interrupted encoding continues where it stopped.
-    Returns (fingerprint of the model's weights, number of clips in each shard)."""
+    the motion latents. A shard that exists already is kept: an interrupted encoding continues where it stopped. One
+    more shard is of test clips. Returns (fingerprint of the model's weights, number of clips in each other shard)."""
     model.eval()
-    dataset.replace = False  # an unusable clip is None
+    dataset.replace = test_set.replace = False  # an unusable clip is None
     digest = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in model.parameters()))
     made_with = dict(fingerprint=digest.hexdigest()[:16]) | {name: getattr(args, name) for name in (
         "data", "captions", "split", "stride", "seed", "clips_per_video", "shard_size")}
@@ -318,6 +319,7 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, au
         indices = [indices[i] for i in chosen]
     keys = [(int(index), number) for index in indices for number in range(args.clips_per_video)]
     shards = [keys[i : i + args.shard_size] for i in range(0, len(keys), args.shard_size)]
+    shards.append([(int(index), 0) for index in test[:64]])
     size = max(1, min(args.batch_size // world, 32))  # no larger than in training, where it fits into memory
     bar = tqdm(total=sum(map(len, shards[rank::world])), desc="encode", unit="clip", disable=rank > 0)
 
@@ -329,7 +331,8 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, au
                 return
         batches, labels, captions = [keys[i : i + size] for i in range(0, len(keys), size)], [], []
         parts = [[torch.zeros(0, *shape, dtype=torch.float16) for shape in (model.content_shape, model.motion_shape)]]
-        for asked, batch in zip(batches, data.load(dataset, batches, args.workers)):
+        clips = test_set if number == len(shards) - 1 else dataset
+        for asked, batch in zip(batches, data.load(clips, batches, args.workers)):
             bar.update(len(asked))
             if progress.stop:
                 return
@@ -351,7 +354,7 @@ def encode_dataset(args, model, image, dataset, indices, rank, world, device, au
             if progress.stopping():
                 raise KeyboardInterrupt("stopped while encoding: --encode goes on after the shards that are written")
     data.open_shard.cache_clear()
-    shards = [data.open_shard(args.run_dir, number)[0] for number in range(len(shards))]
+    shards = [data.open_shard(args.run_dir, number)[0] for number in range(len(shards) - 1)]
     counts = [len(shard.get_tensor("label")) for shard in shards]
     if not sum(counts):
         raise InputError(f"not one clip of {args.data} could be encoded")
@@ -443,8 +446,8 @@ def main():
     def save(step, fingerprint=None, encodings=None):
         data.save_checkpoint(path, dict(
             stage="autoencoder", step=step, args=vars(args), config=config, classes=dataset.classes,
-            fingerprint=fingerprint, encodings=encodings, model=model.state_dict(), optimizer=optimizer.state_dict(),
-            progress=progress.state(), image_autoencoder=image_weights))
+            fps=dataset.frame_rate(), fingerprint=fingerprint, encodings=encodings, model=model.state_dict(),
+            optimizer=optimizer.state_dict(), progress=progress.state(), image_autoencoder=image_weights))
 
     generator, last = torch.Generator(device), first if args.encode else max(first, args.steps)
     if rank == 0:
@@ -494,7 +497,8 @@ def main():
             raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
     if args.encode:
         save(last)  # marks the encodings as incomplete, and keeps the flags for the next --encode
-    save(last, *encode_dataset(args, model, image, dataset, indices, rank, world, device, autocast, progress))
+    save(last, *encode_dataset(args, model, image, dataset, indices, test_set, test, rank, world, device, autocast,
+                               progress))
 
 
 # ---- Appendix: Stable Diffusion's image autoencoder, and LPIPS ------------------------------------------------------

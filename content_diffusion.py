@@ -70,6 +70,16 @@ class Diffusion:
         target = eps if self.predict == "eps" else signal * eps - noise * x
         return (output - target).square().mean()
 
+    @torch.no_grad()
+    def test_loss(self, model, x, *others):
+        """The loss of test clips x (N, ...), one by one, always with the same noise, and t spread evenly over 0..999: it
+        can be compared between steps and runs. others: model(x_t, t, *others), a row for each clip."""
+        eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+        rows = zip(*(tensor.split(1) for tensor in (
+            x, torch.linspace(0, 999, len(x), device=x.device).long(), eps, *others)))
+        return torch.tensor([self.loss(lambda x_t, t: model(x_t, t, *rest), x, t, eps)
+                             for x, t, eps, *rest in rows]).mean().item()
+
     def estimates(self, output, x_t, t):
         """The model's output for x_t -> its estimates of the clean x and of the noise eps, both (B, ...)."""
         signal, noise = self.scales(t, x_t)
@@ -348,7 +358,8 @@ def new_model(args, dataset, rank):
 
 @torch.no_grad()
 def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast):
-    """Writes a picture of 16 content frames (4 from Stable Diffusion), made by 25 DDIM steps without guidance."""
+    """Writes a picture of 16 content frames (4 from Stable Diffusion), made by 25 DDIM steps without guidance. Returns
+    the loss on test clips, by which one sees when to stop."""
     image = load_autoencoder(args.run_dir, device)[1]
     number = 4 if image else 16
     batch = dict(label=torch.arange(number) % max(1, len(dataset.classes)),
@@ -359,6 +370,10 @@ def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast)
         frames = ddim(lambda x, t: ema(x, t, condition), noise, diffusion, steps=25)
     pictures = list(to_pixels(frames[:, :, None], image).cpu())
     data.write_sheet(f"{args.run_dir}/previews/content-{step:06d}.png", pictures, columns=8)
+    test = dataset.test_clips()
+    condition = condition_of(test, torch.zeros(len(test["label"]), dtype=torch.bool, device=device))
+    with autocast:
+        return dict(test_loss=diffusion.test_loss(ema, test["content"].to(device), condition))
 
 
 def main():
@@ -449,15 +464,15 @@ def main():
         # The rest is logging, pictures and saving.
         progress.add(loss, finite)
         done, stopping = step + 1, progress.stopping()
-        if done % args.log_every == 0 or done == last:
-            progress.write(bar, done, lr=lr, grad_norm=norm.item())
+        due = (done % args.preview_every == 0 or done == last) and not stopping
+        scores = {} if rank or not due else preview(args, done, ema, diffusion, condition_of, dataset, device, autocast)
+        if due or done % args.log_every == 0:
+            progress.write(bar, done, lr=lr, grad_norm=norm.item(), **scores)
         if done % args.save_every == 0 or done == last or stopping:
             save(done)
         if stopping:
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
-        if rank == 0 and (done % args.preview_every == 0 or done == last):
-            preview(args, done, ema, diffusion, condition_of, dataset, device, autocast)
 
 
 # ---- Appendix: Stable Diffusion's U-Net -----------------------------------------------------------------------------

@@ -122,6 +122,9 @@ class MovingShapes(torch.utils.data.Dataset):
     def __len__(self):
         return 1_000_000 if self.endless else 2_400
 
+    def frame_rate(self):
+        return 8.0  # ours to choose
+
     def __getitem__(self, key):
         index, number = key if isinstance(key, tuple) else (key, 0)
         if not self.endless and index >= len(self):
@@ -300,6 +303,15 @@ class VideoFiles(torch.utils.data.Dataset):
 
     def __len__(self):
         return self.count
+
+    def frame_rate(self):
+        """Frames a second of the clips at the videos' own speed: the median of 20 videos, divided by the stride."""
+        rates = []
+        for index in np.linspace(0, len(self) - 1, 20).astype(int):
+            with contextlib.suppress(BadVideo, OSError):
+                stream, _, _ = next(read_packets(self.locate(index)[0]), (None, 0, 0))
+                rates += [float(stream.average_rate)] if stream and stream.average_rate else []
+        return float(np.median(rates or [8.0])) / self.stride
 
     def __getitem__(self, key):
         index, number = key if isinstance(key, tuple) else (key, 0)
@@ -523,7 +535,8 @@ def write_sheet(path, videos, columns, captions=None, frames=9):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Encodings: what stage 1 writes, and stages 2 and 3 read, in files of up to --shard-size clips:
+# Encodings: what stage 1 writes, and stages 2 and 3 read, in files of up to --shard-size clips. The last file holds up
+# to 64 test clips, on which no stage trains:
 #
 # encodings/shard-00000.safetensors
 #     content   float16 (N, C, H, W)       content frames
@@ -586,9 +599,9 @@ class EncodedClips(torch.utils.data.Dataset):
         self.run_dir, self.classes, self.fingerprint = run_dir, state["classes"], state["fingerprint"]
         self.motion_mean, self.motion_std = state["model"]["motion_mean"], state["model"]["motion_std"]  # (D, 1, 1)
         self.starts = np.cumsum([0, *state["encodings"]])  # state["encodings"]: the number of clips in each shard
-        for number in range(len(state["encodings"])):
+        for number, count in enumerate([*state["encodings"], None]):  # the last is the test clips'
             shard, captions, settings = open_shard(run_dir, number, check=len(self) < 10_000)
-            if (settings["fingerprint"], len(captions)) != (self.fingerprint, state["encodings"][number]):
+            if (settings["fingerprint"], len(captions)) != (self.fingerprint, count or len(captions)):
                 raise InputError(f"the encodings in {run_dir} were made by another autoencoder than its autoencoder.pt"
                                  f": encode again with `python autoencoder.py {encode}")
         if resumed and resumed["fingerprint"] != self.fingerprint:
@@ -607,6 +620,12 @@ class EncodedClips(torch.utils.data.Dataset):
         shard, captions, _ = open_shard(self.run_dir, number)
         item = {name: shard.get_slice(name)[row].float() for name in ("content", "motion")}
         return item | dict(label=int(shard.get_slice("label")[row]), caption=captions[row])
+
+    def test_clips(self):
+        """A batch of the encodings of up to 64 test clips: a dict of content, motion, label and caption."""
+        shard, captions, _ = open_shard(self.run_dir, len(self.starts) - 1)
+        batch = {name: shard.get_tensor(name).float() for name in ("content", "motion")}
+        return batch | dict(label=shard.get_tensor("label"), caption=captions)
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------

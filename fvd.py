@@ -315,18 +315,17 @@ class VideoSet:
         frame, not at a random one, which depends on (seed, stem, number) only."""
         args = self.args
         if self.folder == "shapes":
-            return data.to_uint8(data.MovingShapes(args.frames, size or 64, args.seed, "test")[int(stem), number]["video"])
+            shapes = data.MovingShapes(args.frames, size or 64, args.seed, "test")
+            return data.to_uint8(shapes[int(stem), number]["video"])
         rng = None if first else np.random.default_rng([args.seed, zlib.crc32(os.fsencode(stem)) + number])
         path = os.path.join(self.folder, self.paths[stem])
         read = read_frames if os.path.isdir(path) else data.read_clip
         return read(path, args.frames, size, args.stride, rng)
 
     def codec(self):
-        """Of the first video that can be opened: what its frames went through before they are scored."""
-        for path in self.paths.values() if self.folder != "shapes" else ():
+        """Of the first video that can be opened: what its frames went through. "none" for images."""
+        for path in self.paths.values():
             with contextlib.suppress(data.BadVideo):
-                if os.path.isdir(os.path.join(self.folder, path)):
-                    return "images"
                 for stream, _, _ in data.read_packets(os.path.join(self.folder, path)):
                     return stream.codec_context.name
         return "none"
@@ -348,8 +347,8 @@ def for_each_video(videos, read, score, args, label, several=False):
     """Returns a row for each video, or for --num of them in random order, without those that cannot be read. several:
     where --num is more than the videos, further clips of them are read.
 
-    read(stem, number) -> anything, or BadVideo; score([what read returned]) -> rows. Batches are formed before they are dealt
-    out to the ranks, so that each call of the network is the same on any number of ranks. All ranks return all rows.
+    read(stem, number) -> anything, or BadVideo; score([what read returned]) -> rows. Batches are formed before they are
+    dealt out to the ranks, so that each call of the network is the same on any number of ranks. All ranks return all rows.
     """
     stems = list(videos.paths)
     num = args.num if args.num and several else min(args.num or len(stems), len(stems))
@@ -416,8 +415,8 @@ def fvd_line(real, fake, args):
         clips = f"several random clips of each of {real.meta['videos']} real videos"
     return (f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake videos | {meta['frames']} frames, "
             f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']}; codecs: real {real.meta['codec']}, fake "
-            f"{meta['codec']} | {KINDS[meta['kind']][0]}, {meta['name']}: {features} numbers before the softmax; {clips}; "
-            "covariance over N")
+            f"{meta['codec']} | {KINDS[meta['kind']][0]}, {meta['name']}: {features} numbers before the softmax; "
+            f"{clips}; covariance over N")
 
 
 def load_clip(path, device="cpu"):

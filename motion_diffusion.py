@@ -204,7 +204,8 @@ def new_model(args, dataset):
 
 @torch.no_grad()
 def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast):
-    """Writes a picture of 8 clips (4 where frames are latents): stored content frames, motion by 25 DDIM steps."""
+    """Writes a picture of 8 clips (4 where frames are latents): stored content frames, motion by 25 DDIM steps. Returns
+    the loss on test clips, by which one sees when to stop."""
     autoencoder, image, _ = load_autoencoder(args.run_dir, device)
     batch = torch.utils.data.default_collate([dataset[i] for i in range(min(4 if image else 8, len(dataset)))])
     content = batch["content"].to(device)
@@ -214,6 +215,11 @@ def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast)
         motion = ddim(lambda x, t: ema(x, t, content, condition), noise, diffusion, steps=25)
     videos = to_pixels(autoencoder.decode(content, autoencoder.denormalise(motion).clamp(-1, 1)), image)
     data.write_sheet(f"{args.run_dir}/previews/motion-{step:06d}.png", list(videos.cpu()), 1, batch["caption"])
+    test = dataset.test_clips()
+    condition = condition_of(test, torch.zeros(len(test["label"]), dtype=torch.bool, device=device))
+    motion = autoencoder.normalise(test["motion"].to(device))
+    with autocast:
+        return dict(test_loss=diffusion.test_loss(ema, motion, test["content"].to(device), condition))
 
 
 def main():
@@ -307,15 +313,15 @@ def main():
         # The rest is logging, pictures and saving.
         progress.add(loss, finite)
         done, stopping = step + 1, progress.stopping()
-        if done % args.log_every == 0 or done == last:
-            progress.write(bar, done, lr=lr, grad_norm=norm.item())
+        due = (done % args.preview_every == 0 or done == last) and not stopping
+        scores = {} if rank or not due else preview(args, done, ema, diffusion, condition_of, dataset, device, autocast)
+        if due or done % args.log_every == 0:
+            progress.write(bar, done, lr=lr, grad_norm=norm.item(), **scores)
         if done % args.save_every == 0 or done == last or stopping:
             save(done)
         if stopping:
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
-        if rank == 0 and (done % args.preview_every == 0 or done == last):
-            preview(args, done, ema, diffusion, condition_of, dataset, device, autocast)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def flags():
         help="of the two diffusion models (default: bfloat16 on a GPU, float32 on a CPU)")
     add = parser.add_argument_group("output").add_argument
     add("--out", help="folder (default: a new one in the run folder)")
-    add("--fps", type="count", default=8, help="frames a second of the files")
+    add("--fps", type="count", help="frames a second of the files (default: the training videos' divided by stage 1's "
+        "--stride, so that things move at their own speed)")
     add("--lossless", action="store_true", help="write .mkv files that keep every bit, for scoring, in place of .mp4")
     return parser
 
@@ -237,11 +238,13 @@ def main():
     trained = sampler.state["args"]
     if args.guidance is None:
         args.guidance = GUIDANCE[trained["preset"]]
+    args.fps = args.fps or sampler.state.get("fps", 8)  # version 0.2 did not save it
     size = trained["size"]  # [H, W] in pixels
 
     real = None
     if args.reconstruct or args.predict_motion:
-        split, listed = [getattr(args, name) or (None if args.data else trained[name]) for name in ("split", "captions")]
+        split, listed = (getattr(args, name) or (None if args.data else trained[name])
+                         for name in ("split", "captions"))
         everything, indices, real, chosen = data.open_dataset(
             args.data or trained["data"], trained["frames"], size, trained["stride"], split, listed, trained["seed"])
         if (args.data or args.split) and indices is not None:  # else the test clips

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,9 @@ from torch.distributed.run import get_args_parser
 import data
 import sample
 from autoencoder import load_autoencoder
+from content_diffusion import load_content
 from data import EncodedClips, MovingShapes, VideoFolder, read_clip, to_uint8, write_video
+from motion_diffusion import load_motion
 
 TINY = ("--width 16 --heads 2 --depth 1 --size 16 --frames 6 --steps 4 --batch-size 4 --log-every 2 --save-every 2 "
         "--preview-every 2 --clips 40 --shard-size 16").split()
@@ -183,7 +186,36 @@ def test_a_folder_of_videos_goes_through_all_four_scripts(script, video_folder, 
                   "--sampler", "dpm++", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert read_clip(str(tmp_path / "out" / "00001.mp4"), 9).shape == (9, 40, 64, 3)
+    assert rate_of(tmp_path / "out" / "00001.mp4") == 10  # as the training videos
+    assert VideoFolder(video_folder, 9, 16, stride=2).frame_rate() == 5
     assert (tmp_path / "out" / "captions.txt").read_text() == "class1\nclass1\n"
+
+
+def rate_of(path):
+    with av.open(str(path)) as file:
+        return file.streams.video[0].average_rate
+
+
+def test_every_preview_logs_the_loss_of_test_clips_by_averaged_weights_and_fixed_noise(shapes_run):
+    autoencoder, _, _ = load_autoencoder(shapes_run, torch.device("cpu"))
+    test, clips = EncodedClips(shapes_run).test_clips(), MovingShapes(6, 16, 0, "test")
+    assert len(test["label"]) == len(test["caption"]) == 64 and test["caption"][5] == clips[5]["caption"]
+    content, _ = autoencoder.encode(clips[5]["video"][None])
+    assert torch.allclose(test["content"][5], content[0], atol=1e-3)
+    for stage, load in (("content", load_content), ("motion", load_motion)):
+        model, _, diffusion, _ = load(shapes_run)
+        x = test["content"] if stage == "content" else autoencoder.normalise(test["motion"])
+        eps, losses = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), []
+        for i in range(64):
+            given = [test["content"][i, None]] * (stage == "motion")
+            t = torch.tensor([int(i * 999 / 63)])
+            abar = diffusion.abar[t]
+            x_t = abar.sqrt() * x[i] + (1 - abar).sqrt() * eps[i]
+            v = abar.sqrt() * eps[i] - (1 - abar).sqrt() * x[i]
+            losses.append((model(x_t[None], t, *given, test["label"][i, None])[0] - v).square().mean().item())
+        with open(os.path.join(shapes_run, f"{stage}.csv")) as file:
+            logged = [row["test_loss"] for row in csv.DictReader(file)]
+        assert logged[0] == "" and float(logged[1]) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 @pytest.mark.parametrize("flags", [["--content", "mean"], ["--content", "frame"], ["--motion-channels", "16"],

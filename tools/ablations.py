@@ -212,8 +212,8 @@ def verdict(scores, name, first, measure):
 
 def write_table(path, scores, num):
     seeds = len({seed for seed, _ in scores})
-    lines = [f"{seeds} seeds, {num} clips each; mean and standard deviation over the seeds. `not shown`: the difference "
-             "from the table's first row is not more than the two deviations together.", ""]
+    lines = [f"{seeds} seeds, {num} clips each; mean and standard deviation over the seeds. `not shown`: the "
+             "difference from the table's first row is not more than the two deviations together.", ""]
     for table, rows in TABLES.items():
         lines += [f"**{table}**", "", "| | distance | | PSNR, dB | | motion right | variety | the paper |",
                   "|---|---|---|---|---|---|---|---|"]
