@@ -72,8 +72,8 @@ class Diffusion:
 
     @torch.no_grad()
     def test_loss(self, model, x, *others):
-        """The loss of test clips x (N, ...), one by one, always with the same noise, and t spread evenly over 0..999: it
-        can be compared between steps and runs. others: model(x_t, t, *others), a row for each clip."""
+        """The loss of test clips x (N, ...), one by one, always with the same noise, and t spread evenly over 0..999:
+        it can be compared between steps and runs. others: model(x_t, t, *others), a row for each clip."""
         eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
         rows = zip(*(tensor.split(1) for tensor in (
             x, torch.linspace(0, 999, len(x), device=x.device).long(), eps, *others)))

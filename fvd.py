@@ -348,22 +348,23 @@ def for_each_video(videos, read, score, args, label, several=False):
     where --num is more than the videos, further clips of them are read.
 
     read(stem, number) -> anything, or BadVideo; score([what read returned]) -> rows. Batches are formed before they are
-    dealt out to the ranks, so that each call of the network is the same on any number of ranks. All ranks return all rows.
+    dealt out to the ranks, so that each call of the network is the same on any number of ranks. All ranks return all
+    rows.
     """
     stems = list(videos.paths)
     num = args.num if args.num and several else min(args.num or len(stems), len(stems))
     if num != len(stems):  # those after the first `num` replace unreadable ones
         stems = [stems[index] for index in np.random.default_rng(args.seed).permutation(len(stems))]
-    clips = [(stem, number) for number in range(math.ceil(num / max(1, len(stems)))) for stem in stems]
-    batches = [clips[start : start + args.batch_size] for start in range(0, len(clips), args.batch_size)]
+    keys = [(stem, number) for number in range(math.ceil(num / max(1, len(stems)))) for stem in stems]
+    batches = [keys[start : start + args.batch_size] for start in range(0, len(keys), args.batch_size)]
     batches += [[]] * (-len(batches) % args.world + args.world)  # the same number on each rank, the last one empty
     batches = batches[args.rank :: args.world]
 
-    def load(clip):
+    def load(key):
         try:
-            return read(*clip), None
+            return read(*key), None
         except data.BadVideo as error:
-            return None, f"{videos.paths[clip[0]]}: {error}"
+            return None, f"{videos.paths[key[0]]}: {error}"
 
     rows, faults, bar = [], [], tqdm(total=num, desc=label, unit=" videos", disable=args.rank > 0)
     with ThreadPoolExecutor(args.workers) as pool, bar:

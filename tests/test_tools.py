@@ -1,9 +1,16 @@
 """Proves that the tools that the README's tables come from measure what they say."""
 
-import judge
-import torch
+import re
 
-from data import MovingShapes
+import judge
+import numpy as np
+import pytest
+import test_fvd
+import torch
+import variations
+
+import fvd
+from data import MovingShapes, read_clip, to_uint8, write_video
 
 
 def test_the_judge_s_real_clips_are_in_no_run():
@@ -13,3 +20,55 @@ def test_the_judge_s_real_clips_are_in_no_run():
     for i in (0, 1, 599):
         clips = torch.stack([clips[i]["video"] for clips in sets])
         assert torch.cdist(clips.flatten(1), clips.flatten(1)).add(1e9 * torch.eye(len(sets))).min() > 1
+
+
+def test_each_variation_of_fvd_is_what_fvd_py_gives_for_data_changed_in_that_way(tmp_path, capsys):
+    clips = {"real": MovingShapes(14, (24, 40)), "fake": MovingShapes(9, 16, seed=1)}
+    for name, ending in (("real", "mkv"), ("fake", "mkv"), ("first", "mkv"), ("recoded", "mp4")):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            clip = to_uint8(clips["fake" if name == "recoded" else "real" if name == "first" else name][i]["video"])
+            write_video(str(tmp_path / name / f"{i}.{ending}"), clip[: 9 if name == "first" else None], 8)
+    tiny, i3d = test_fvd.save_script(test_fvd.Tiny(), tmp_path / "tiny.pt"), str(tmp_path / "i3d_pretrained_400.pt")
+    torch.save(fvd.load_detector("random").network.state_dict(), i3d)  # the published layout
+
+    def figure(real, fake, detector, *flags):
+        fvd.main([str(tmp_path / real), str(tmp_path / fake), "--i3d", detector, "--frames", "9", "-n", "6", *flags])
+        return float(re.match(r"FVD ([\d.]+)", capsys.readouterr().out)[1])
+
+    expected = {
+        "as fvd.py does it": figure("real", "fake", tiny),
+        "another seed: other clips of REAL": figure("real", "fake", tiny, "--seed", "1"),
+        "first frames of REAL's videos, not random ones": figure("first", "fake", tiny),
+        "codec: FAKE through .mp4 (H.264)": figure("real", "recoded", tiny, "--size", "16"),
+        "detector: I3D as VideoGPT, TATS and PVDM use it": figure("real", "fake", i3d),
+    }
+    variations.main([str(tmp_path / "real"), str(tmp_path / "fake"), "--i3d", tiny, i3d, "--frames", "9", "-n", "6"])
+    lines = capsys.readouterr().out.splitlines()
+    found = {line[:52].strip(): [float(x) for x in re.findall(r"[-+]?[\d.]+", line[52:])] for line in lines[1:]}
+    assert "codecs ffv1 and ffv1" in lines[0] and len(found) == 12
+    for what, value in expected.items():
+        assert found[what][1] == pytest.approx(value, abs=0.011), what
+        assert found[what][2] == pytest.approx(value - expected["as fvd.py does it"], abs=0.021), what
+    assert found["N: 50% of the clips of both"][0] == 3 and found["N: 25% of the clips of both"][0] == 2
+    # The rest against features that are computed here
+    detector, size = fvd.load_detector(tiny), [16, 16]
+    order = np.random.default_rng(0).permutation(8)[:6]
+
+    def read(name, i, size=None):
+        seed = [0, fvd.zlib.crc32(str(i).encode())]
+        return read_clip(str(tmp_path / name / f"{i}.mkv"), 9, size, rng=np.random.default_rng(seed))
+
+    def squash(clip):
+        frames = torch.from_numpy(clip).permute(0, 3, 1, 2).float()
+        frames = torch.nn.functional.interpolate(frames, (16, 16), mode="bilinear", antialias=True)
+        return frames.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    fake = np.concatenate([detector([read("fake", i)]) for i in order])
+    for what, clips in (("size: REAL as it is, the detector alone resizes", [read("real", i) for i in order]),
+                        ("size: REAL squashed to FAKE's shape, not cropped", [squash(read("real", i)) for i in order])):
+        real = np.concatenate([detector([clip]) for clip in clips])
+        assert found[what][1] == pytest.approx(fvd.frechet_distance(real, fake), abs=0.011), what
+    real = np.concatenate([detector([read("real", i, size)]) for i in order])
+    real, fake = (rows.mean(0) + (rows - rows.mean(0)) * (6 / 5) ** 0.5 for rows in (real, fake))
+    assert found["covariance over N - 1"][1] == pytest.approx(fvd.frechet_distance(real, fake), abs=0.011)

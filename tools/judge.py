@@ -3,8 +3,8 @@
     python sample.py --num 240 --out /tmp/generated && python tools/judge.py /tmp/generated
 
 About a minute on 2 cores. Trains a classifier on real clips and prints its accuracy on others. Both sets are of seeds
-of their own, so that no run trains on, reconstructs or is given one of these clips. For each folder of generated clips it
-prints the share of clips whose shape and motion, and whose motion alone, it classifies as captions.txt says; the
+of their own, so that no run trains on, reconstructs or is given one of these clips. For each folder of generated clips
+it prints the share of clips whose shape and motion, and whose motion alone, it classifies as captions.txt says; the
 Frechet distance of its features from those of the other real clips (an FVD for shapes, comparable between runs because
 the classifier is always the same); and the standard deviation of colours and positions within a class, divided by that
 of real clips, which takes two clips or more of each class. For --reconstruct and --predict-motion, name the `fake`
