@@ -37,6 +37,8 @@ class Sampler:
     def __init__(self, args, device, dtype):
         self.args, self.device, self.dtype = args, device, dtype
         self.autoencoder, self.image, self.state = load_autoencoder(args.run_dir, device)
+        if args.guidance is None:
+            args.guidance = GUIDANCE[self.state["args"]["preset"]]
         self.unfinished = []
         self.note_unfinished("autoencoder", self.state)
         needs_motion = not args.reconstruct
@@ -236,8 +238,6 @@ def main():
     for line in sampler.unfinished if rank == 0 else ():
         print(f"{args.run_dir}/{line}")
     trained = sampler.state["args"]
-    if args.guidance is None:
-        args.guidance = GUIDANCE[trained["preset"]]
     args.fps = args.fps or sampler.state.get("fps", 8)  # version 0.2 did not save it
     size = trained["size"]  # [H, W] in pixels
 

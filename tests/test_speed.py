@@ -218,3 +218,5 @@ def test_the_plan_adds_up(capsys):
     assert hours["encoding, once"] == pytest.approx(clips * 2 * macs / (1e15 * 0.5) / 3600, rel=0.01)
     assert hours["all"] == pytest.approx(sum(list(hours.values())[:4]), abs=3)
     assert "0.96 TB" in out  # 64 KiB of content and 24 KiB of motion a clip, PAPER.md
+    bench.plan(312e12, dict.fromkeys(bench.STAGES, 0.4), "ucf101")
+    assert "12.5 GB" in capsys.readouterr().out  # 9,537 videos, 32 clips each, of 24 KiB and 16 KiB

@@ -1,4 +1,4 @@
-"""Measures this machine: each training stage, sampling, the loader; and plans the paper's WebVid-10M run from that.
+"""Measures this machine: each training stage, sampling, the loader; and plans the paper's runs from that.
 
     python tools/bench.py                                # the shapes preset on the CPU, minutes
     python tools/bench.py --preset ucf101 --against      # compared with a plain version of the same steps: ratios
@@ -333,7 +333,7 @@ def bench_training(args, stage, preset, batch, size=None):
 def make_sampler(preset, device, dtype=None, size=None, compiled=False, **flags):
     """sample.Sampler with random weights in place of a run folder's."""
     args = sample.flags().parse_args(["--compile"] if compiled else [])
-    vars(args).update(sample.DEFAULTS[preset] | flags)
+    vars(args).update(dict(guidance=sample.GUIDANCE[preset]) | flags)
     sampler = sample.Sampler.__new__(sample.Sampler)
     sampler.args, sampler.device = args, device
     sampler.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -425,7 +425,6 @@ def compare_samplers(run_dir, device, clips=12):
     the preset's guidance: the root mean square, in the latents' deviations. A step costs both samplers one call."""
     args = sample.flags().parse_args(["--run-dir", run_dir, "--num", str(clips)])
     sampler = sample.Sampler(args, device, torch.float32)
-    vars(args).update(sample.DEFAULTS[sampler.state["args"]["preset"]])
     wishes, _ = sample.read_wishes(args, bool(sampler.content.text), sampler.state["classes"])
 
     def latents(name, steps):
@@ -510,34 +509,43 @@ def make_videos(folder, preset):
 # The plan
 
 
-def plan(rate, mfu):
-    """Prints what the paper's WebVid-10M run (10.7 M clips of 16x512x1024) takes: each stage's operations divided by
-    those that a GPU does. rate: one GPU's operations a second; mfu: {stage: MFU}, for all STAGES."""
-    preset, clips, epochs = "webvid_sd21", 10_700_000, 3
-    p = autoencoder.PRESETS[preset]
+def plan(rate, mfu, preset="webvid_sd21"):
+    """Prints what the paper's WebVid-10M run (10.7 M clips of 16x512x1024), or that on UCF-101, takes: each stage's
+    operations divided by those that a GPU does. rate: one GPU's operations a second; mfu: {stage: MFU} for all STAGES.
+    """
+    p, name = autoencoder.PRESETS[preset], "UCF-101" if preset == "ucf101" else "WebVid-10M"
+    encoded = (9_537 if preset == "ucf101" else 10_700_000) * p["clips_per_video"]
     one = {stage: 2 * forward_macs(stage, preset)[1] * (1 if stage == "encoding" else 3) / (rate * mfu[stage])
            for stage in STAGES}  # seconds a clip on one GPU
-    images = torch.empty(p["frames"], 3, *p["size"], device="meta")
-    latents = 2 * sum(macs(lambda: image_autoencoder("meta").encode(images))) / (rate * mfu["encoding"])
-    stage_1 = p["steps"] * p["batch_size"]  # clips
-    stored = 2 * (4 * 64 * 128 + 8 * 16 * (32 + 64))  # bytes a clip: content frame and motion latent in half
+    latents = 0
+    if preset in UNETS:
+        images = torch.empty(p["frames"], 3, *p["size"], device="meta")
+        latents = 2 * sum(macs(lambda: image_autoencoder("meta").encode(images))) / (rate * mfu["encoding"])
+    stage_1, trained = (of["steps"] * of["batch_size"] for of in (p, content_diffusion.PRESETS[preset]))  # clips
+    height, width = (side // (8 if preset in UNETS else 1) for side in data.pair(p["size"]))
+    motion = p["motion_channels"] * p["frames"] * (height + width) // p["patch"]
+    stored = 2 * (p["channels"] * height * width + motion)  # bytes a clip, in half
     # The paper gives a week on 8 A100 for stage 1, and seconds a step at batch 1 (16x512x512, A100) for the others.
     rows = [("1 autoencoder", stage_1 * (one["autoencoder"] + latents), None, 8 * 168),
-            ("  encoding, once", clips * one["encoding"], clips * stored, None),
-            ("2 content", epochs * clips * one["content"], None, epochs * clips * 0.151 / 3600),
-            ("3 motion", epochs * clips * one["motion"], None, epochs * clips * 0.100 / 3600)]
-    rows.append(("all", sum(row[1] for row in rows), clips * stored, None))
-    twice = 2 * epochs * clips * one["encoding"]
-    rows.append(("all, encodings not stored", rows[-1][1] - clips * one["encoding"] + twice, 0, None))
+            ("  encoding, once", encoded * one["encoding"], encoded * stored, None),
+            ("2 content", trained * one["content"], None, trained * 0.151 / 3600),
+            ("3 motion", trained * one["motion"], None, trained * 0.100 / 3600)]
+    rows.append(("all", sum(row[1] for row in rows), encoded * stored, None))
+    rows.append(("all, encodings not stored", rows[-1][1] + (2 * trained - encoded) * one["encoding"], 0, None))
     reached = ", ".join(f"{stage} {mfu[stage]:.0%}" for stage in STAGES)
-    print(f"\nplan: WebVid-10M at 16x512x1024, {clips / 1e6:.1f} M clips, stage 1 {stage_1 / 1e6:.0f} M clips, "
-          f"stages 2 and 3 {epochs} epochs, at {rate / 1e12:.0f} TFLOPS and MFU {reached}")
-    print(f"{'':<26}{'GPU hours':>10}{'on 8, h':>10}{'on 64, h':>10}{'bytes':>10}{'paper, A100 hours':>19}")
+    print(f"\nplan: {name} at 16x{'x'.join(map(str, data.pair(p['size'])))}, {encoded / 1e6:.1f} M clips stored, "
+          f"stage 1 {stage_1 / 1e6:.0f} M clips, stages 2 and 3 {trained / 1e6:.1f} M, at {rate / 1e12:.0f} TFLOPS and "
+          f"MFU {reached}")
+    print(f"{'':<26}{'GPU hours':>10}{'on 8, h':>10}{'on 64, h':>10}{'bytes':>10}"
+          + f"{'paper, A100 hours':>19}" * (preset in UNETS))
     for name, seconds, size, paper in rows:
         hours = seconds / 3600
         print(f"{name:<26}{hours:>10,.0f}{hours / 8:>10,.0f}{hours / 64:>10,.0f}"
-              f"{'' if size is None else f'{size / 1e12:.2f} TB':>10}{'' if paper is None else f'{paper:,.0f}':>19}")
-    print("paper: stage 1 about a week on 8 A100; stages 2 and 3 from its seconds a step at batch 1, half this width")
+              f"{'' if size is None else f'{size / 1e12:.2f} TB' if size > 1e11 else f'{size / 1e9:.1f} GB':>10}"
+              f"{'' if paper is None or preset not in UNETS else f'{paper:,.0f}':>19}")
+    if preset in UNETS:
+        print("paper: stage 1 about a week on 8 A100; stages 2 and 3 from its seconds a step at batch 1, half this "
+              "width")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -566,7 +574,9 @@ def main():
     if args.device.type == "cuda" and not torch.cuda.is_available():
         raise data.InputError("--device cuda: PyTorch finds no GPU here")
     if args.plan:
-        return plan((args.rate or 312) * 1e12, dict.fromkeys(STAGES, args.mfu))
+        for preset in ("webvid_sd21", "ucf101"):
+            plan((args.rate or 312) * 1e12, dict.fromkeys(STAGES, args.mfu), preset)
+        return
     if args.samplers:
         return compare_samplers(args.samplers, args.device)
     report = args.device.type == "cuda" and not args.preset

@@ -27,9 +27,6 @@ def main():
                               "or --predict-motion")
     _, _, device, dtype = data.start(args)
     sampler = sample.Sampler(args, device, dtype)
-    for name, value in sample.DEFAULTS[sampler.state["args"]["preset"]].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     with_text = bool(sampler.content.text or sampler.motion.text)
     wishes, _ = sample.read_wishes(args, with_text, sampler.state["classes"])
     seconds, peaks = warm_up_and_draw(sampler, wishes)
