@@ -324,14 +324,14 @@ def encode_dataset(args, model, image, dataset, indices, test_set, test, rank, w
     bar = tqdm(total=sum(map(len, shards[rank::world])), desc="encode", unit="clip", disable=rank > 0)
 
     def encode_shard(number, keys):
-        settings = made_with | dict(keys=len(keys))
+        clips = test_set if number == len(shards) - 1 else dataset
+        settings = made_with | dict(keys=len(keys), test=number == len(shards) - 1)
         with contextlib.suppress(InputError):  # missing or damaged
             if data.open_shard(args.run_dir, number, check=True)[2] == settings:
                 bar.update(len(keys))
                 return
         batches, labels, captions = [keys[i : i + size] for i in range(0, len(keys), size)], [], []
         parts = [[torch.zeros(0, *shape, dtype=torch.float16) for shape in (model.content_shape, model.motion_shape)]]
-        clips = test_set if number == len(shards) - 1 else dataset
         for asked, batch in zip(batches, data.load(clips, batches, args.workers)):
             bar.update(len(asked))
             if progress.stop:

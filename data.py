@@ -846,8 +846,8 @@ def start(args, run_dir=None, saved=None):
         torch.backends.cudnn.benchmark = True  # convolutions see the same sizes again and again
         torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN on an H100 (pytorch issue 196678)
     elif torch.version.cuda and glob.glob("/dev/nvidia[0-9]*") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        raise InputError("there is a GPU, but CUDA does not start: is its driver (nvidia-smi) too old for PyTorch's CUDA "
-                         f"{torch.version.cuda}? Install one that fits, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
+        raise InputError("there is a GPU, but CUDA does not start: is its driver (nvidia-smi) too old for PyTorch's "
+                         f"CUDA {torch.version.cuda}? Install one that fits, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
     else:
         keep_freed_memory()
     if WORLD > 1:
@@ -874,7 +874,8 @@ def compare_views(folder, saved=None):
     if RANK == 0:
         os.remove(token[0])
     if set(views) != {(True, views[0][1])}:
-        raise InputError(f"the ranks do not see the same files in {folder}: --run-dir must be on a disk that they share")
+        raise InputError(f"the ranks do not see the same files in {folder}: --run-dir must be on a disk that they "
+                         "share")
 
 
 def keep_freed_memory():
@@ -900,8 +901,8 @@ def launch(main):
         if isinstance(e, InputError):
             line = line.split("InputError: ")[-1]  # from a loader's process, whose traceback stands before it
         elif isinstance(e, torch.OutOfMemoryError):
-            line = ("the GPU's memory is too small: use a larger --accumulate, --checkpointing where one clip alone does "
-                    f"not fit, or a smaller --batch-size ({line[:100]})")
+            line = ("the GPU's memory is too small: use a larger --accumulate, --checkpointing where one clip alone "
+                    f"does not fit, or a smaller --batch-size ({line[:100]})")
         elif line.startswith("DataLoader worker"):
             line += (". Memory may have run out: use fewer --workers, or give a container more of /dev/shm, and go on "
                      "with --resume")

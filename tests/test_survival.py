@@ -674,6 +674,17 @@ def test_an_interrupted_encoding_goes_on_with_the_flags_that_it_began_with(proce
     assert len(EncodedClips(str(run))) == 32
 
 
+def test_encoding_fewer_clips_anew_does_not_take_a_shard_of_training_clips_for_that_of_test_clips(processes, copy):
+    """Both have 64 clips, and the number 2 in turn."""
+    run = copy("run", "autoencoder")
+    processes.succeed(processes.start("autoencoder", run, "--encode --shard-size 64 --clips 192"))
+    old = read(run / "encodings" / "shard-00002.safetensors", "rb")
+    processes.succeed(processes.start("autoencoder", run, "--encode --shard-size 64 --clips 128"))
+    clips = EncodedClips(str(run))
+    assert len(clips) == 128 and len(clips.test_clips()["label"]) == 64
+    assert read(run / "encodings" / "shard-00002.safetensors", "rb") != old
+
+
 def test_a_shard_that_was_cut_off_or_changed_is_noticed_and_named(copy):
     run = copy("run", "autoencoder")
     assert len(EncodedClips(str(run))) == 24

@@ -485,7 +485,7 @@ def bench_loader(args, preset):
     print(f"loader: {1 / ours:.1f} clips/s a core of {frames} frames at {size[0]}x{size[1]}, "
           f"{sum(decoded) / (len(turns) * clips * frames):.2f} frames decoded for each used; decoding from each "
           f"file's start {1 / own:.1f}, so {ours / own:.2f}x its time, {own / ours:.2f}x its clips")
-    print(f"loader: {1 / seconds:.1f} clips/s from one process to the device, {batch.nbytes / 1e6:.2f} MB a clip on the way")
+    print(f"loader: {1 / seconds:.1f} clips/s from one process to the device, {batch.nbytes / 1e6:.2f} MB a clip")
 
 
 def make_videos(folder, preset):

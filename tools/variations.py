@@ -1,6 +1,6 @@
 """Why your FVD differs: scores two sets as fvd.py does, then under the usual variations of the protocol.
 
-    python tools/variations.py UCF-101 samples --split ucfTrainTestlist/trainlist01.txt --i3d i3d_torchscript.pt --num 2048
+    python tools/variations.py UCF-101 samples --split trainlist01.txt --i3d i3d_torchscript.pt --num 2048
     python tools/variations.py REAL FAKE --i3d i3d_torchscript.pt i3d_pretrained_400.pt     # a second detector as well
     python tools/variations.py shapes samples --i3d random --num 24                         # try it out
 
