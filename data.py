@@ -846,8 +846,8 @@ def start(args, run_dir=None, saved=None):
         torch.backends.cudnn.benchmark = True  # convolutions see the same sizes again and again
         torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN on an H100 (pytorch issue 196678)
     elif torch.version.cuda and glob.glob("/dev/nvidia[0-9]*") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        raise InputError("there is a GPU, but CUDA does not start: is its driver (nvidia-smi) too old for PyTorch's "
-                         f"CUDA {torch.version.cuda}? Install one that fits, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
+        raise InputError("there is a GPU, but CUDA does not start: is its driver (nvidia-smi) too old for CUDA "
+                         f"{torch.version.cuda}? Install one that fits, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
     else:
         keep_freed_memory()
     if WORLD > 1:
