@@ -38,6 +38,26 @@ from data import InputError
 
 # ---- The video autoencoder and its loss -----------------------------------------------------------------------------
 
+def norm(function, x, over, weight, bias, eps):
+    """F.layer_norm or F.group_norm, under autocast in its dtype: torch would compute in float32, which takes twice the
+    memory and is hardly more exact, since the kernels sum in float32 anyway."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (part if part is None else part.to(dtype) for part in (x, weight, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x, over, weight, bias, eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return norm(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x):
+        return norm(F.group_norm, x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class FeedForward(nn.Module):
     """GEGLU: a second linear layer gates the hidden units."""
 
@@ -84,9 +104,9 @@ class Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.time_norm, self.time = nn.LayerNorm(width), Attention(width, heads, "time")
-        self.space_norm, self.space = nn.LayerNorm(width), Attention(width, heads, "space")
-        self.ff_norm, self.ff = nn.LayerNorm(width), FeedForward(width)
+        self.time_norm, self.time = LayerNorm(width), Attention(width, heads, "time")
+        self.space_norm, self.space = LayerNorm(width), Attention(width, heads, "space")
+        self.ff_norm, self.ff = LayerNorm(width), FeedForward(width)
 
     def forward(self, x):
         x = x + self.time(self.time_norm(x))
@@ -103,7 +123,7 @@ class TimeSformer(nn.Module):
         self.row_position = nn.Parameter(0.02 * torch.randn(grid[0], 1, width))
         self.column_position = nn.Parameter(0.02 * torch.randn(grid[1], width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.checkpointing = False
 
     def forward(self, x):
@@ -308,6 +328,7 @@ def encode_dataset(args, model, image, dataset, indices, test_set, test, rank, w
     the motion latents. A shard that exists already is kept: an interrupted encoding continues where it stopped. One
     more shard is of test clips. Returns (fingerprint of the model's weights, number of clips in each other shard)."""
     model.eval()
+    data.compile_modules(args, args.preset, device, model.encoder, image and image.encoder)  # again, without gradients
     dataset.replace = test_set.replace = False  # an unusable clip is None
     digest = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in model.parameters()))
     made_with = dict(fingerprint=digest.hexdigest()[:16]) | {name: getattr(args, name) for name in (
@@ -430,9 +451,8 @@ def main():
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    reconstruct = torch.compile(model) if args.compile else model
-    if world > 1:
-        reconstruct = DistributedDataParallel(reconstruct, gradient_as_bucket_view=True)
+    compiled = data.compile_modules(args, args.preset, device, model.encoder, model.decoder, image and image.encoder)
+    reconstruct = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     # Data
     dataset, indices, test_set, test = data.open_dataset(args.data, args.frames, args.size, args.stride, args.split,
@@ -452,7 +472,7 @@ def main():
     generator, last = torch.Generator(device), first if args.encode else max(first, args.steps)
     if rank == 0:
         print(f"autoencoder: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, steps {first} to {last}, "
-              f"{path}; {device}, {dtype}")
+              f"{path}; {device}, {dtype}, {compiled}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="autoencoder", disable=rank > 0)
     for step in bar:
         # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank

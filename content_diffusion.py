@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from autoencoder import find_part, load_autoencoder, load_weights, read_checkpoint, to_pixels
+from autoencoder import GroupNorm, LayerNorm, find_part, load_autoencoder, load_weights, read_checkpoint, to_pixels
 from data import InputError
 
 # ---- Diffusion: noising, loss and samplers --------------------------------------------------------------------------
@@ -212,9 +212,9 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1 = LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = DiTAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -256,7 +256,7 @@ class DiT(nn.Module):
             mlp=nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))))
         self.y_embedder = nn.ModuleDict(dict(embedding_table=nn.Embedding(classes + 1, width)))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm = LayerNorm(width, elementwise_affine=False, eps=1e-6)
         last = self.final_layer = nn.ModuleDict(dict(
             linear=nn.Linear(width, patch * patch * channels),
             adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))))
@@ -402,9 +402,8 @@ def main():
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     diffusion = Diffusion(args.schedule, args.predict).to(device)
-    predict = torch.compile(model) if args.compile else model
-    if world > 1:
-        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True)
+    compiled = data.compile_modules(args, args.preset, device, model)
+    predict = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     def condition_of(batch, dropped):
         """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""
@@ -429,7 +428,7 @@ def main():
     generator, last = torch.Generator(device), max(first, args.steps)
     if rank == 0:
         print(f"content model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
-              f"steps {first} to {last}, {path}; {device}, {dtype}")
+              f"steps {first} to {last}, {path}; {device}, {dtype}, {compiled}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="content", disable=rank > 0)
     for step in bar:
         # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank
@@ -482,10 +481,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, inputs, outputs, time_width):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.in_layers = nn.Sequential(GroupNorm(32, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_width, outputs))
         self.out_layers = nn.Sequential(  # the file counts a dropout of zero, here the identity
-            nn.GroupNorm(32, outputs), nn.SiLU(), nn.Identity(), nn.Conv2d(outputs, outputs, 3, padding=1))
+            GroupNorm(32, outputs), nn.SiLU(), nn.Identity(), nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x, time):
@@ -517,7 +516,7 @@ class TransformerBlock(nn.Module):
         self.attn2 = CrossAttention(width, context, heads)
         proj = nn.ModuleDict(dict(proj=nn.Linear(width, 2 * 4 * width)))
         self.ff = nn.ModuleDict(dict(net=nn.ModuleList([proj, nn.Identity(), nn.Linear(4 * width, width)])))
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(width) for _ in range(3))
 
     def forward(self, x, context):
         h = self.norm1(x)
@@ -533,7 +532,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, width, context, heads, linear):
         super().__init__()
-        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.norm = GroupNorm(32, width, eps=1e-6)
         self.proj_in, self.proj_out = (nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
                                        for _ in range(2))
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context, heads)])
@@ -590,7 +589,7 @@ class UNet(nn.Module):
                 here = width * multiplier
             if level:
                 self.output_blocks[-1].append(nn.ModuleDict(dict(conv=nn.Conv2d(here, here, 3, padding=1))))
-        self.out = nn.Sequential(nn.GroupNorm(32, here), nn.SiLU(), nn.Conv2d(here, 4, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(32, here), nn.SiLU(), nn.Conv2d(here, 4, 3, padding=1))
 
     def apply_block(self, layers, x, time, context, size=None):
         """x (B, C, H, W) through the layers of a block. size: H and W after an upsampling."""

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import functools
 import glob
+import importlib.util
 import io
 import itertools
 import json
@@ -878,6 +879,41 @@ def compare_views(folder, saved=None):
                          "share")
 
 
+def compile_modules(args, preset, device, *modules, **options):
+    """Compiles modules in place, each at its first call and for such inputs alone: others, such as a last, smaller
+    batch, run as they are. If compiling fails, all do. --compile decides, else it is done on a GPU with Triton at the
+    paper's sizes: small models would wait longer than they save. Returns what a script's first line says about it."""
+    default = device.type == "cuda" and preset != "shapes" and importlib.util.find_spec("triton") is not None
+    modules = [module for module in modules if module is not None]
+    if not (default if args.compile is None else args.compile):
+        return "not compiled"
+
+    def in_place(module):
+        module.compile(dynamic=False, **options)
+        compiled, stance = module._compiled_call_impl, "default"
+
+        def call(*inputs):
+            nonlocal stance
+            try:
+                with torch.compiler.set_stance(stance):
+                    result = compiled(*inputs)
+                stance = "eager_on_recompile"
+                return result
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as e:  # a compiler can raise anything
+                print_once(f"goes on without torch.compile, which failed: {' '.join(str(e).split())[:120]}")
+                for one in modules:
+                    one._compiled_call_impl = None
+                return module(*inputs)
+
+        module._compiled_call_impl = call
+
+    for module in modules:
+        in_place(module)
+    return "compiled"
+
+
 def keep_freed_memory():
     """Has glibc keep what tensors free: returning it to the kernel costs a fifth of a training step on the CPU."""
     if sys.platform == "linux":
@@ -971,7 +1007,8 @@ class Flags(argparse.ArgumentParser):
         add("--clip", type="number", default=1.0, help="largest gradient norm")
         add("--dtype", choices=["float32", "bfloat16"],
             help="of the model's arithmetic, not of its weights (default: bfloat16 on a GPU, float32 on a CPU)")
-        add("--compile", action="store_true", help="torch.compile the model")
+        add("--compile", action=argparse.BooleanOptionalAction,
+            help="torch.compile the models (default: on a GPU, but for the shapes preset)")
         add("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
         add("--log-every", type="count", help="steps between rows of the log")
         add("--save-every", type="count", help="steps between checkpoints")

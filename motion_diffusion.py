@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from autoencoder import load_autoencoder, to_pixels
+from autoencoder import LayerNorm, load_autoencoder, to_pixels
 from content_diffusion import Diffusion, ddim, load_text_encoder, open_text_encoder
 from data import InputError
 
@@ -56,9 +56,9 @@ class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1 = LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -112,7 +112,7 @@ class MotionDiT(nn.Module):
         self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.c_embedder = nn.Linear(text, width) if text else nn.Embedding(classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm = LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.out = nn.Linear(width, patch * patch * motion_channels)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         # DiT's initialisation. Zero gates and a zero last layer: at first the output is zero.
@@ -249,9 +249,8 @@ def main():
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     diffusion = Diffusion(args.schedule, args.predict).to(device)
-    predict = torch.compile(model) if args.compile else model
-    if world > 1:
-        predict = DistributedDataParallel(predict, gradient_as_bucket_view=True)
+    compiled = data.compile_modules(args, args.preset, device, model)
+    predict = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
     def condition_of(batch, dropped):
         """Labels (B,) or text features (B, width), with 'nothing' where dropped (B,) is true."""
@@ -276,7 +275,7 @@ def main():
     generator, last = torch.Generator(device), max(first, args.steps)
     if rank == 0:
         print(f"motion model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
-              f"steps {first} to {last}, {path}; {device}, {dtype}")
+              f"steps {first} to {last}, {path}; {device}, {dtype}, {compiled}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="motion", disable=rank > 0)
     for step in bar:
         # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank

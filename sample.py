@@ -15,6 +15,7 @@ s it leaves open: its formula says w, the authors' release passes 4.0 as s, and 
 they are taken as w. The motion is drawn without guidance: the release guides the content frame alone.
 """
 
+import argparse
 import concurrent.futures
 import os
 from types import SimpleNamespace
@@ -48,9 +49,7 @@ class Sampler:
         if self.content and self.motion and bool(self.content.text) != bool(self.motion.text):
             raise InputError(f"one of content.pt and motion.pt in {args.run_dir} is conditioned on classes, the other "
                              "on text: train one of them again")
-        if args.compile:
-            for module in filter(None, (self.autoencoder, self.image)):
-                module.decoder.compile(dynamic=False)
+        self.compiled = self.compile(self.state["args"]["preset"])
 
     def note_unfinished(self, stage, state):
         if state["step"] < state["args"]["steps"]:
@@ -71,10 +70,14 @@ class Sampler:
         model = model.requires_grad_(False).eval().to(self.device, self.dtype)
         if text_encoder:
             text_encoder.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
-        # CUDA graphs write each result over the one before: draw() copies it before the next call.
-        call = torch.compile(model, mode="reduce-overhead", dynamic=False) if self.args.compile else model
-        return SimpleNamespace(model=model, call=call, text=text_encoder, shape=shape,
-                               diffusion=diffusion.to(self.device))
+        return SimpleNamespace(model=model, text=text_encoder, shape=shape, diffusion=diffusion.to(self.device))
+
+    def compile(self, preset):
+        """Compiles what draws and decodes. CUDA graphs write each result over the one before: draw() copies it."""
+        models = [stage.model for stage in (self.content, self.motion) if stage]
+        data.compile_modules(self.args, preset, self.device, *models, mode="reduce-overhead")
+        decoders = self.autoencoder.decoder, self.image and self.image.decoder
+        return data.compile_modules(self.args, preset, self.device, *decoders)
 
     def draw_content(self, wishes, numbers):
         """Content frames (B, C, H, W) for a batch of labels or prompts. numbers: the clips', which seed their noise."""
@@ -111,7 +114,7 @@ class Sampler:
 
         def predict(x, t, condition):
             frames = [] if frame is None else [torch.cat([frame] * (len(x) // len(frame)))]
-            return stage.call(x.to(self.dtype), t, *frames, condition).to(torch.float32, copy=True)
+            return stage.model(x.to(self.dtype), t, *frames, condition).to(torch.float32, copy=True)
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on any device
         noise = torch.stack([torch.randn(*stage.shape, generator=generator) for generator in generators])
@@ -152,7 +155,8 @@ def flags():
     add("--eta", type="share", default=0.0, help="DDIM's noise, from 0 (none) to 1 (ancestral)")
     add("--seed", type="whole", default=0, help="a seed gives the same clips whatever the batch size")
     add("--batch-size", type="count", default=24, help="clips at a time")
-    add("--compile", action="store_true", help="torch.compile the models, with CUDA graphs")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the models, with CUDA graphs (default: on a GPU, but for the shapes preset)")
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the two diffusion models (default: bfloat16 on a GPU, float32 on a CPU)")
     add = parser.add_argument_group("output").add_argument
@@ -262,6 +266,8 @@ def main():
     for path in (f"{folder}/real", fake) if real else [fake]:
         os.makedirs(path, exist_ok=True)
 
+    if rank == 0:
+        print(f"{len(wishes)} clip{'s' * (len(wishes) > 1)}, {device}, {dtype}, {sampler.compiled}")
     shown, drawn, jobs = [], {}, []
     most = max(1, min(24, 2**21 // (size[0] * size[1])))  # clips in the overview: large ones would make it huge
     batches = [range(len(wishes))[n : n + args.batch_size] for n in range(0, len(wishes), args.batch_size)][rank::world]

@@ -1,15 +1,18 @@
 """The fast code gives the same outputs and training steps as plain code, up to rounding (the plain versions are
 tools/bench.py's), and by the profiler's counts it runs the intended kernels. The tools count and plan correctly."""
 
+import unittest.mock
 from types import SimpleNamespace
 
 import bench
 import pytest
 import torch
 from macs import count_macs, macs, sampling_macs
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from autoencoder import Autoencoder, ImageAutoencoder, attention_in_parts
+import data
+from autoencoder import Autoencoder, GroupNorm, ImageAutoencoder, LayerNorm, attention_in_parts
 from content_diffusion import SAMPLERS, Diffusion, DiT, UNet, guided
 from motion_diffusion import MotionDiT
 
@@ -159,10 +162,110 @@ def test_memory_layouts_give_the_same(name, layout):
 def test_every_model_compiles_whole(name):
     """fullgraph: a break in the graph is an error. The backend 'eager' runs the captured graph as it is."""
     model, inputs = small(name)
-    expected = call_of(model)(*inputs)
-    torch._dynamo.reset()
-    got = torch.compile(call_of(model), fullgraph=True, backend="eager")(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = call_of(model)(*inputs)
+        torch._dynamo.reset()
+        got = torch.compile(call_of(model), fullgraph=True, backend="eager")(*inputs)
     assert torch.allclose(got, expected, atol=1e-5)
+
+
+def saved_on_fake_gpu(model, inputs):
+    """Bytes that a forward pass under autocast keeps for the backward pass, by autograd's hooks, on a GPU."""
+    kept, patch = {}, unittest.mock.patch.object
+    with FakeTensorMode(allow_non_fake_inputs=True), patch(torch.nn.functional, "scaled_dot_product_attention",
+                                                           bench.flash):
+        own = {name: torch.nn.Parameter(torch.empty_like(tensor, device="cuda"))
+               for name, tensor in model.state_dict().items()}
+        own |= {name: torch.empty_like(tensor, device="cuda") for name, tensor in model.named_buffers()}
+        weights = {tensor.untyped_storage()._cdata for tensor in own.values()}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        inputs = [torch.empty_like(x, device="cuda") for x in inputs]
+        with (patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+              patch(torch.cuda, "is_bf16_supported", lambda: True), torch.autocast("cuda", torch.bfloat16),
+              torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)):
+            torch.func.functional_call(model, own, tuple(inputs))
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "content", "motion"])
+def test_the_computed_memory_is_what_autograd_keeps_on_a_gpu(stage):
+    """Computed (tools/bench.py --memory) on tensors that say CPU. Fake ones on a GPU have no backward pass."""
+    with torch.device("meta"):
+        model = bench.make_model(stage, "shapes")
+        inputs = bench.make_inputs(stage, model, "shapes", 64)
+    kept, peak = bench.activation_bytes(stage, "shapes", 64)
+    assert kept == pytest.approx(saved_on_fake_gpu(model, inputs), rel=0.05) and kept < peak < 1.5 * kept
+    less, peak_too = bench.activation_bytes(stage, "shapes", 64, checkpointing=True)
+    assert less < 0.4 * kept and less < peak_too < 0.8 * peak
+
+
+@pytest.mark.parametrize("stage, clips, limit", [("content", 8, 16), ("autoencoder", 3, 35)])
+def test_norms_in_bfloat16_halve_what_they_keep(stage, clips, limit):
+    """In GiB, of the paper's sizes for Stable Diffusion 2.1; with norms in float32 20.1 and 43.4."""
+    assert 0.9 * limit < bench.activation_bytes(stage, "webvid_sd21", clips)[0] / 2**30 < limit
+
+
+@pytest.mark.parametrize("norm, plain", [(LayerNorm(12), torch.nn.LayerNorm(12)),
+                                         (LayerNorm(12, elementwise_affine=False), torch.nn.LayerNorm(12)),
+                                         (GroupNorm(3, 12), torch.nn.GroupNorm(3, 12))])
+def test_norms_are_torchs_own_and_under_autocast_right_to_bfloat16s_rounding(norm, plain):
+    if norm.state_dict():
+        for weight in plain.parameters():
+            torch.nn.init.normal_(weight, 1)
+        norm.load_state_dict(plain.state_dict())
+    x = 5 + torch.randn(4, 12)
+    expected = plain(x)
+    assert torch.equal(norm(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = norm(x)
+    assert got.dtype == torch.bfloat16
+    assert (got - expected).abs().max() < 2**-5 * expected.abs().max()  # x is near 5 deviations, rounded to 2**-9 of it
+
+
+COMPILE = SimpleNamespace(compile=True)
+
+
+def test_a_compiled_model_is_not_compiled_again_for_a_smaller_batch():
+    """With the CPU's inductor."""
+    model, (x, t, labels) = small("content")
+    expected, graphs = model(x, t, labels), []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert data.compile_modules(COMPILE, "ucf101", torch.device("cpu"), model, None) == "compiled"
+    for n in (2, 1, 2, 1):
+        ran = counts(lambda: graphs.append(model(x[:n], t[:n], labels[:n])))
+        assert torch.allclose(graphs[-1], expected[:n], atol=1e-5)
+        assert any("CompiledFxGraph" in name for name in ran) == (n == 2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_where_compiling_fails_the_models_go_on_as_they_are_with_one_line(capsys):
+    model, inputs = small("content")
+    other = torch.nn.Linear(3, 3)
+    expected = model(*inputs)
+    torch._dynamo.reset()
+
+    def broken(graph, _):
+        raise OSError("no compiler\nhere")
+
+    data.compile_modules(COMPILE, "ucf101", torch.device("cpu"), model, other, backend=broken)
+    for _ in range(3):
+        assert torch.equal(model(*inputs), expected) and other(torch.zeros(3)).shape == (3,)
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("goes on without torch.compile, which failed: ") and "no compiler here" in line
+
+
+@pytest.mark.parametrize("flag, preset, device, triton, expected", [
+    (None, "ucf101", "cuda", True, True), (None, "shapes", "cuda", True, False), (None, "ucf101", "cpu", True, False),
+    (None, "ucf101", "cuda", False, False), (False, "ucf101", "cuda", True, False), (True, "shapes", "cpu", False, True)])
+def test_compiling_is_the_default_on_a_gpu_at_the_papers_sizes(monkeypatch, flag, preset, device, triton, expected):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: "found" if triton and name == "triton" else None)
+    says = data.compile_modules(SimpleNamespace(compile=flag), preset, torch.device(device))
+    assert says == ("compiled" if expected else "not compiled")
 
 
 def macs_by_hooks(module, call, inputs):

@@ -4,6 +4,7 @@
     python tools/bench.py --preset ucf101 --against      # compared with a plain version of the same steps: ratios
     python tools/bench.py --device cuda                  # a GPU's whole report at published sizes; --only takes parts
     python tools/bench.py --plan --rate 660 --mfu 0.45   # the plan for a GPU that is not here
+    python tools/bench.py --memory                       # what training needs of a GPU's memory, computed without one
 
 Weights and data are random: speed depends on neither. The versions of a step take turns, so that other load on the
 machine slows all of them alike; the first call of each turn warms up and is not timed, and figures are medians. MFU is
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 import unittest.mock
+import weakref
 from types import SimpleNamespace
 
 import av
@@ -35,6 +37,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from macs import macs, sampling_macs
 from PIL import ImageOps
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import autoencoder
@@ -332,7 +337,7 @@ def bench_training(args, stage, preset, batch, size=None):
 
 def make_sampler(preset, device, dtype=None, size=None, compiled=False, **flags):
     """sample.Sampler with random weights in place of a run folder's."""
-    args = sample.flags().parse_args(["--compile"] if compiled else [])
+    args = sample.flags().parse_args(["--compile" if compiled else "--no-compile"])
     vars(args).update(dict(guidance=sample.GUIDANCE[preset]) | flags)
     sampler = sample.Sampler.__new__(sample.Sampler)
     sampler.args, sampler.device = args, device
@@ -349,9 +354,7 @@ def make_sampler(preset, device, dtype=None, size=None, compiled=False, **flags)
                 text = content_diffusion.TextEncoder(**TEXT[preset if stage == "content" else "webvid_sd21"])
             diffusion = content_diffusion.Diffusion("linear")
             setattr(sampler, stage, sampler.prepare(model, text, diffusion, shape))
-    if compiled:
-        for module in filter(None, (sampler.autoencoder, sampler.image)):
-            module.decoder.compile(dynamic=False)
+    sampler.compile(preset)
     return sampler
 
 
@@ -506,6 +509,95 @@ def make_videos(folder, preset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory of training, computed on fake tensors, which have shapes but no values
+
+
+def flash(q, k, v, is_causal=False):
+    """A GPU's kernel in place of F.scaled_dot_product_attention."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(*(x.bfloat16() for x in (q, k, v)), 0.0, is_causal)[0]
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of all tensors made within it: `now` alive, and most alive at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **kwargs or {})
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                storage = tensor.untyped_storage()
+                self.alive.add(storage._cdata)
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return results
+
+    def freed(self, key, size):
+        self.alive.remove(key)
+        self.now -= size
+
+
+def activation_bytes(stage, preset, batch, size=None, checkpointing=False):
+    """(bytes that a forward pass of `batch` clips, under autocast to bfloat16, keeps for the backward pass; the most
+    that both take at any time), beside the weights and their gradients. The tensors say that they are on the CPU, since
+    a backward pass asks for a real GPU; in the forward pass, fake ones on a GPU take the same."""
+    with torch.device("meta"):
+        model = make_model(stage, preset, size)
+    for module in model.modules():
+        if hasattr(module, "checkpointing"):
+            module.checkpointing = checkpointing
+    with FakeTensorMode(), unittest.mock.patch.object(F, "scaled_dot_product_attention", flash):
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        table[name] = torch.empty_strided(tensor.shape, tensor.stride())
+                        table[name].requires_grad_(tensor.requires_grad)
+        for weight in model.parameters():
+            weight.grad = torch.empty_like(weight)
+        inputs = make_inputs(stage, model, preset, batch, size)
+        with Memory() as memory:
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(*inputs)
+            kept = memory.now
+            output.float().square().mean().backward()
+    return kept, memory.peak
+
+
+def state_bytes(stage, preset, size=None):
+    """Bytes of weights, gradients, Adam's two moments and (stages 2 and 3) the average, and of frozen models in half."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in make_model(stage, preset, size).parameters())
+        frozen = []
+        if preset in UNETS:
+            frozen = list((image_autoencoder("meta") if stage == "autoencoder" else content_diffusion.TextEncoder(
+                **TEXT[preset if stage == "content" else "webvid_sd21"])).parameters())
+    return (16 if stage == "autoencoder" else 20) * count + 2 * sum(p.numel() for p in frozen)
+
+
+def print_memory(presets, stages, batch=None, size=None):
+    """For each preset and stage, without and with --checkpointing: what its batch on eight GPUs needs of each, in one
+    pass; and how many clips a pass fit GPUs of 24, 48 and 80 GB, of which a tenth is left free."""
+    print(f"{'preset':<12}{'stage':<12}{'states':>7} GiB{'clips a GPU':>13}{'saved':>7} GiB{'peak':>7} GiB"
+          f"{'clips a pass in 24 GB':>24}{'48 GB':>7}{'80 GB':>7}")
+    for preset, stage in ((preset, stage) for preset in presets for stage in stages):
+        module = dict(autoencoder=autoencoder, content=content_diffusion, motion=motion_diffusion)[stage]
+        clips = batch or max(1, module.PRESETS[preset]["batch_size"] // 8)
+        states = state_bytes(stage, preset, size)
+        for checkpointing in (False, True):
+            some, twice = (np.array(activation_bytes(stage, preset, n, size, checkpointing)) for n in (clips, 2 * clips))
+            each, fixed = (twice[1] - some[1]) / clips, 2 * some[1] - twice[1]
+            saved, peak = some / 2**30
+            fits = [max(0, int((0.9 * card * 1e9 - states - fixed) // each)) for card in (24, 48, 80)]
+            print(f"{preset:<12}{stage:<12}{states / 2**30:>7.1f}    {clips:>13}{saved:>7.1f}    {peak:>7.1f}    "
+                  f"{fits[0]:>24}{fits[1]:>7}{fits[2]:>7}{'  --checkpointing' * checkpointing}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The plan
 
 
@@ -567,6 +659,7 @@ def main():
     add("--data", help="folder of videos for the loader (default: made up)")
     add("--samplers", metavar="RUN_DIR", help="compare few steps of each sampler with 1000 of DDIM")
     add("--plan", action="store_true", help="print the plan alone, from --rate and --mfu")
+    add("--memory", action="store_true", help="print what training needs of a GPU's memory, computed without one")
     add("--rate", type="number", help="TFLOPS of one GPU, for --plan")
     add("--mfu", type="share", default=0.4, help="share of --rate that is reached, for --plan")
     args = parser.parse_args()
@@ -577,6 +670,10 @@ def main():
         for preset in ("webvid_sd21", "ucf101"):
             plan((args.rate or 312) * 1e12, dict.fromkeys(STAGES, args.mfu), preset)
         return
+    if args.memory:
+        stages = [stage for stage in ("autoencoder", "content", "motion") if stage in (args.only or STAGES)]
+        presets = [args.preset] if args.preset else [name for name in autoencoder.PRESETS if name != "shapes"]
+        return print_memory(presets, stages, args.batch_size, args.size)
     if args.samplers:
         return compare_samplers(args.samplers, args.device)
     report = args.device.type == "cuda" and not args.preset

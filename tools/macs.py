@@ -41,7 +41,6 @@ def sampling_macs(sampler):
 
     The paper counts one branch of guidance, the whole autoencoder once, and no image decoder. In full: attention
     products, both branches and the image decoder too, but not the autoencoder's encoder, which sampling does not use.
-    Moves the models to the meta device: the sampler cannot be used afterwards.
     """
     def empty(*shape, dtype=sampler.dtype):
         return torch.empty(1, *shape, dtype=dtype, device="meta")
@@ -57,7 +56,8 @@ def sampling_macs(sampler):
         condition = empty(dtype=torch.long)  # a label
         if stage.text:
             condition = empty(*([77] if name == "content" else []), stage.text.width)
-        layers, attention = macs(lambda: stage.model.to("meta")(*inputs, condition))
+        model = copy.deepcopy(stage.model).to("meta")
+        layers, attention = macs(lambda: model(*inputs, condition))
         parts[name] = steps * layers, steps * (layers + attention) * (1 if scale == 1 else 2)
     encoder, _ = macs(lambda: autoencoder.encode(empty(frame[0], latent[1], *frame[1:], dtype=torch.float32)))
     decoder, attention = macs(lambda: autoencoder.decode(empty(*frame).float(), empty(*latent).float()))
