@@ -291,7 +291,7 @@ PAPER = dict(  # table 7
 PRESETS = {
     # Unlike the paper: a small DiT that predicts the clean frame, which it learns faster; a higher learning rate, which
     # decays; a shorter EMA (the weights' moving average, which is what sampling uses). In every preset label embeddings
-    # start at PyTorch's standard deviation of 1: DiT's 0.02 takes long to grow.
+    # start at PyTorch's standard deviation of 1: DiT's 0.02, which --dit keeps to, takes long to grow.
     "shapes": dict(
         model="mini", patch=4, predict="x", schedule="linear", lr=3e-3, batch_size=16, steps=2200, decay_steps=2200,
         ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
@@ -796,7 +796,7 @@ def load_dit(path, dit):
     own, (channels, patch) = dit.state_dict(), tensors["x_embedder.proj.weight"].shape[1:3]
     tensors.pop("pos_embed", None)  # computed here, for any grid
     unused, nothing = f"its {len(tensors[table]) - 1} classes", tensors[table][-1]
-    tensors[table] = own[table]
+    tensors[table] = 0.02 * own[table]  # DiT's deviation, which the other weights expect
     for name in (last + "weight", last + "bias"):  # rows are (p, q, channel): those after the channels are variances
         tensors[name] = tensors[name].unflatten(0, (patch**2, -1))[:, :channels].flatten(0, 1)
     if (channels, patch) != (dit.channels, dit.patch):

@@ -1,6 +1,7 @@
 """Puts the scripts and the tools on the path, so that the tests import them, and keeps the tests off the network."""
 
 import importlib
+import itertools
 import multiprocessing
 import os
 import sys
@@ -15,29 +16,32 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each of pytest's workers
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def play(arguments, environment, outputs):
-    """What a forked process does, in which torch is imported already: `python arguments`, its output into two files."""
+def play(arguments, environment, outputs, folder):
+    """What a forked process does, in which torch is imported already: `python arguments` in a folder, or here, its
+    output into two files."""
     import data
+    os.chdir(folder or ".")
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.update(environment)
     sys.argv = arguments
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of its own
-    data.launch(importlib.import_module(arguments[0].removesuffix(".py")).main)
+    data.launch(importlib.import_module(os.path.basename(arguments[0]).removesuffix(".py")).main)
 
 
 @pytest.fixture(scope="session")
 def script(tmp_path_factory):
     """script("sample.py", "--run-dir", path, ...) runs a script in a process of its own, as a user would, but without
     the seconds of importing torch, and returns its returncode, stdout and stderr."""
-    folder, fork, count = tmp_path_factory.mktemp("outputs"), multiprocessing.get_context("forkserver"), [0]
+    outcomes, count = tmp_path_factory.mktemp("outputs"), itertools.count()
+    fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(["torch._dynamo", "sample", "fvd"])
 
-    def call(*arguments):
-        count[0] += 1
-        outputs = [folder / f"{count[0]}-{name}.txt" for name in ("out", "err")]
-        process = fork.Process(target=play, args=([*map(str, arguments)], dict(os.environ), outputs))
+    def call(*arguments, folder=None):
+        number = next(count)
+        outputs = [outcomes / f"{number}-{name}.txt" for name in ("out", "err")]
+        process = fork.Process(target=play, args=([*map(str, arguments)], dict(os.environ), outputs, folder))
         process.start()
         process.join(300)
         assert process.exitcode is not None, f"hangs: {outputs[1].read_text()}"

@@ -1,6 +1,6 @@
-"""Proves that the README is true where a machine can tell: every script, file, function and flag that it names exists,
-in the docstrings' commands too, and every command of its ```bash blocks runs, at tiny sizes, and leaves what it
-promises.
+"""Proves that the README and RECIPES.md are true where a machine can tell: every script, file, function and flag that
+they name exists, in the docstrings' commands too, and every command of their ```bash blocks runs, at tiny sizes, and
+leaves what it promises.
 
 The commands build on each other as they do for a reader who pastes them from the top, in one folder, two at a time. A
 command that no row of the tables below knows fails: name there the flags that make it small, or why it is not run.
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import glob
 import importlib
+import json
 import os
 import re
 import shlex
@@ -44,11 +45,13 @@ TINY = {  # script: what is added to a command's own flags (of two the last one 
     "motion_diffusion.py": TRAINING + "--model mini",
     "sample.py": "-n 2 --batch-size 1 --steps 2 --motion-steps 2",
     "tools/cost.py": "--steps 2 --motion-steps 2",
-    "fvd.py": "-n 2 --frames 9",  # 9: the fewest that I3D takes
+    "tools/captions.py": "--num 2",
+    "tools/variations.py": "-n 2 --frames 4",
+    "fvd.py": "-n 2 --frames {length}",
 }
 OF_PRESET = {  # what stands for the braces above, by the preset of the command's run
     "shapes": dict(clip="--size 16 --frames 9", content="--model mini"),
-    "ucf101": dict(clip="--size 16 --frames 9", content="--model mini --patch 4"),
+    "ucf101": dict(clip="--size 16 --frames 9 --clips-per-video 1", content="--model mini --patch 4"),
     "webvid_sd15": dict(clip="--size 64 --frames 4", content=""),  # the model is as small as the file, see STANDS_IN
     "webvid_sd21": dict(clip="--size 64 128 --frames 4", content=""),
 }
@@ -63,6 +66,8 @@ SAYS = {  # script: what it promises to print
     "autoencoder.py": r"encoded \d+ clips",
     "sample.py": r"2 clips in {out};",
     "tools/cost.py": r"TFLOPs as the paper counts",
+    "tools/captions.py": r"2 prompts in",
+    "tools/variations.py": r"as fvd.py does it .*FVD",
     "fvd.py": r"(FVD|CLIPSIM) -?\d.* \| ",
 }
 NOT_RUN = {  # how a command begins: why it is not run here
@@ -72,6 +77,7 @@ NOT_RUN = {  # how a command begins: why it is not run here
     "mkdir": "what follows it makes the folder",
     "python tools/bench.py": "minutes; test_speed.py runs its parts",
     "python tools/judge.py": "two minutes, and it judges clips of full size only",
+    "python tools/ablations.py": "hours; test_tools.py runs it at tiny size",
 }
 
 
@@ -104,6 +110,11 @@ def webvid(path, request):
                                                   and not name.startswith(("webvid.csv", "page0", "page1"))])
 
 
+def msrvtt(path, _):
+    with open(path, "w") as file:
+        json.dump(dict(sentences=[dict(video_id=f"video{i // 2}", caption=f"a\n caption {i}") for i in range(6)]), file)
+
+
 def sd15(path, request):
     save_file(read_checkpoint(request.getfixturevalue("files") / "v1-5-pruned.ckpt"), path)
 
@@ -128,6 +139,9 @@ STANDS_IN = {  # what a reader brings: what makes a small one of that name, give
     "FAKE": class_folders,
     "SAMPLES": captioned_clips,
     "webvid.csv": webvid,
+    "webvid_val.csv": copy_of("files", "webvid.csv"),
+    "webvid_val": captioned_clips,
+    "test_videodatainfo.json": msrvtt,
     "prompts.txt": copy_of("files", "prompts.txt"),
     "photo.jpg": lambda path, _: Image.new("RGB", (100, 70), (200, 30, 30)).save(path),
     "v1-5-pruned.safetensors": sd15,
@@ -174,13 +188,16 @@ class Command:
         """The folder it fills."""
         if self.words[0] == "cp":
             return self.words[-1]
+        if self.script == "tools/captions.py":
+            return self.arguments[1]
         if self.script == "sample.py":
             return self.value("--out", f"{self.run}/samples")
         return self.run if "diffusion" in (self.script or "") or self.script == "autoencoder.py" else None
 
     def needs(self, other):
         """Does it read, or make anew, what the `other` command makes?"""
-        words = [*self.arguments, *([] if self.script == "fvd.py" else [self.run, self.makes])]
+        reads = self.script in ("fvd.py", "tools/variations.py", "tools/captions.py")
+        words = [*self.arguments, *([] if reads else [self.run, self.makes])]
         if self.words[0] == "cp":
             words = self.words[1:-1]
         return bool(other.makes) and any(f"{word}/".startswith(f"{other.makes}/") for word in words)
@@ -211,7 +228,8 @@ def docstring_commands(script):
     return commands("\n".join(re.split(r"\s{3,}", line.strip())[0] for line in lines))  # what stands behind is a remark
 
 
-README = commands(code_blocks(read("README.md")))
+TEXT = read("README.md") + read("RECIPES.md")
+README = [Command(list(words)) for words in dict.fromkeys(tuple(c.words) for c in commands(code_blocks(TEXT)))]
 
 
 def name_of(value):
@@ -228,7 +246,7 @@ def flags_of(script):
     name = script.removesuffix(".py").replace("tools/cost", "sample")
     if name in SCRIPTS:
         return set(importlib.import_module(name).flags()._option_string_actions)
-    return set(re.findall(r'\("(--[\w-]+)"', read(script)))
+    return set(re.findall(r'\((?:"-\w", )?"(--[\w-]+)"', read(script)))
 
 
 def check_names(command):
@@ -272,7 +290,7 @@ WORDS = {"clip", "frame", "ucfTrainTestlist"}  # in backquotes, and neither a fu
 
 
 def test_every_file_name_and_flag_in_the_readme_s_prose_exists():
-    text = re.sub(r"^```.*?^```", "", read("README.md"), flags=re.S | re.M)
+    text = re.sub(r"^```.*?^```", "", TEXT, flags=re.S | re.M)
     for path in re.findall(r"\]\((?!http|#)([^)#]+)", text):
         assert os.path.exists(os.path.join(ROOT, path)), path
     for file, names in re.findall(r"^\| \[`(\w+)\.py`\].*\| ([^|]*) \|$", text, re.M):  # the table of files
@@ -326,7 +344,8 @@ def free_port():
 def lines_for(command, preset, alone):
     """The command lines, each a process, that stand for a command on this machine: its own flags, then the tiny ones;
     under torchrun two ranks, of two nodes one each, unless it shall run `alone`."""
-    tiny = TINY[command.script].format(**OF_PRESET[preset]).split()
+    length = 9 if "random" in command.words else 4  # 9: the fewest that I3D takes
+    tiny = TINY[command.script].format(**OF_PRESET[preset], length=length).split()
     call = [command.script, *command.arguments, *tiny]
     if alone or command.words[0] == "python":
         return [[sys.executable, *call]]
@@ -340,9 +359,10 @@ def lines_for(command, preset, alone):
     return [[sys.executable, "-m", "torch.distributed.run", *flags.split(), *call]] * nodes
 
 
-def perform(command, place, log="log", alone=False):
-    """Runs a command in the folder `place`, where the scripts lie, its output into files there that start with `log`.
-    Raises AssertionError where it ends badly or does not leave what it promises."""
+def perform(command, place, script, log="log", alone=False):
+    """Runs a command in the folder `place`, where the scripts lie, its output into files there that start with `log`;
+    a single process by conftest's `script`. Raises AssertionError where it ends badly or does not leave what it
+    promises."""
     if command.words[0] == "cp":
         os.makedirs(os.path.join(place, command.makes), exist_ok=True)
         subprocess.run(command.words, cwd=place, check=True)
@@ -356,6 +376,24 @@ def perform(command, place, log="log", alone=False):
             preset = torch.load(os.path.join(run, "autoencoder.pt"), weights_only=True, mmap=True)["args"]["preset"]
     lines = lines_for(command, preset or "shapes", alone)
     before = set(glob.glob(f"{run}/samples*"))
+    if "torch.distributed.run" not in lines[0]:
+        done = script(*lines[0][1:], folder=place)
+        codes, printed = [done.returncode], done.stdout + done.stderr
+    else:
+        codes, printed = perform_together(lines, place, log)
+    ran = f"{command.text}\nran as\n{shlex.join(lines[0])}"
+    assert codes == [0] * len(lines), f"{ran}\nand ended with {codes}:\n{printed[-3000:]}\n{HINT}"
+    new = sorted(set(glob.glob(f"{run}/samples*")) - before)
+    places = dict(run=command.run, out=command.value("--out", os.path.relpath(new[0], place) if new else ""))
+    for path in LEAVES.get(command.script, []):
+        path = os.path.join(place, path.format(**places))
+        assert os.path.exists(path) and os.path.getsize(path), f"{ran}\nand left no {path}:\n{printed[-3000:]}"
+    words = SAYS.get(command.script, "").format(**places)
+    assert re.search(words, printed), f"{ran}\nand did not say {words}:\n{printed[-3000:]}"
+
+
+def perform_together(lines, place, log):
+    """(exit codes, what they print) of processes that run side by side."""
     logs = [open(os.path.join(place, f"{log}-{i}.txt"), "w+") for i in range(len(lines))]
     started = [subprocess.Popen(line, cwd=place, stdout=file, stderr=subprocess.STDOUT,
                                 env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
@@ -375,23 +413,16 @@ def perform(command, place, log="log", alone=False):
     printed = "\n".join(file.read() for file in logs)
     for file in logs:
         file.close()
-    ran = f"{command.text}\nran as\n{shlex.join(lines[0])}"
-    assert codes == [0] * len(lines), f"{ran}\nand ended with {codes}:\n{printed[-3000:]}\n{HINT}"
-    new = sorted(set(glob.glob(f"{run}/samples*")) - before)
-    places = dict(run=command.run, out=command.value("--out", os.path.relpath(new[0], place) if new else ""))
-    for path in LEAVES.get(command.script, []):
-        path = os.path.join(place, path.format(**places))
-        assert os.path.exists(path) and os.path.getsize(path), f"{ran}\nand left no {path}:\n{printed[-3000:]}"
-    words = SAYS.get(command.script, "").format(**places)
-    assert re.search(words, printed), f"{ran}\nand did not say {words}:\n{printed[-3000:]}"
+    return codes, printed
 
 
 class Performance:
     """Runs commands, two at a time, each after those before it that it needs. outcome(i) waits for command i: None
     where it ran, else an AssertionError."""
 
-    def __init__(self, commands, numbers, place):
-        self.commands, self.place, self.outcomes, self.changed = commands, place, {}, threading.Condition()
+    def __init__(self, commands, numbers, place, script):
+        self.commands, self.place, self.script = commands, place, script
+        self.outcomes, self.changed = {}, threading.Condition()
         self.needs = [[j for j in range(i) if (command.script or command.makes) and command.needs(commands[j])]
                       for i, command in enumerate(commands)]
         self.todo = set()
@@ -428,7 +459,8 @@ class Performance:
             try:
                 if failed:
                     raise AssertionError(f"not run: it needs what failed before: {self.commands[failed[0]].text}")
-                perform(self.commands[number], self.place, f"log-{number}", self.seen_on_two_ranks(number))
+                perform(self.commands[number], self.place, self.script, f"log-{number}",
+                        self.seen_on_two_ranks(number))
             except Exception as e:  # a thread's own would be lost
                 error = e
             with self.changed:
@@ -452,11 +484,12 @@ def copy_scripts(place):
     """Copies, so that nothing a command writes lands in the repository."""
     for path in glob.glob("*.py", root_dir=ROOT):
         shutil.copy(os.path.join(ROOT, path), place)
-    shutil.copytree(os.path.join(ROOT, "tools"), os.path.join(place, "tools"), dirs_exist_ok=True)
+    for folder in ("tools", "assets"):
+        shutil.copytree(os.path.join(ROOT, folder), os.path.join(place, folder), dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")
-def performance(request, tmp_path_factory):
+def performance(request, tmp_path_factory, script):
     place = str(tmp_path_factory.mktemp("reader"))
     copy_scripts(place)
     numbers = [item.callspec.params["number"] for item in request.session.items  # those that -k has left
@@ -467,7 +500,7 @@ def performance(request, tmp_path_factory):
         if any(name in command.words for command in README) and not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             make(path, request)
-    play = Performance(README, wanted, place)
+    play = Performance(README, wanted, place, script)
     yield play
     play.close()
 
@@ -528,12 +561,12 @@ def test_a_command_that_no_table_knows_is_red(line):
             why_not_run(command)
 
 
-def test_a_command_that_fails_or_leaves_nothing_is_red_and_so_is_what_needs_it(tmp_path):
+def test_a_command_that_fails_or_leaves_nothing_is_red_and_so_is_what_needs_it(tmp_path, script):
     copy_scripts(tmp_path)
     play = Performance(commands("""
         python sample.py --run-dir runs/nowhere
         python fvd.py runs/nowhere/samples shapes --i3d random
-        python sample.py --help"""), [1, 2], str(tmp_path))
+        python sample.py --help"""), [1, 2], str(tmp_path), script)
     try:
         for number, words in enumerate(["sample.py: no runs/nowhere/autoencoder.pt",
                                         "not run: it needs what failed before: python sample.py --run-dir runs/nowhere",

@@ -1,7 +1,9 @@
 """Proves that the tools that the README's tables come from measure what they say."""
 
 import re
+import sys
 
+import ablations
 import judge
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 import variations
 
 import fvd
+from autoencoder import psnr
 from data import MovingShapes, read_clip, to_uint8, write_video
 
 
@@ -72,3 +75,42 @@ def test_each_variation_of_fvd_is_what_fvd_py_gives_for_data_changed_in_that_way
     real = np.concatenate([detector([read("real", i, size)]) for i in order])
     real, fake = (rows.mean(0) + (rows - rows.mean(0)) * (6 / 5) ** 0.5 for rows in (real, fake))
     assert found["covariance over N - 1"][1] == pytest.approx(fvd.frechet_distance(real, fake), abs=0.011)
+
+
+def test_the_ablations_go_on_where_they_stopped_and_show_no_difference_that_the_spread_could_be(
+        script, tmp_path, monkeypatch, capsys):
+    def run(*words):
+        commands.append(words)
+        done = script(*words)
+        assert done.returncode == 0, done.stderr
+        if len(commands) == 5:
+            raise KeyboardInterrupt
+
+    commands, folder = [], tmp_path / "out"
+    monkeypatch.setattr(ablations, "run_script", run)
+    monkeypatch.setattr(ablations, "SAMPLES", {name: ablations.SAMPLES[name] for name in (
+        "real", "reconstruction", "mean", "frames24")})
+    monkeypatch.setattr(sys, "argv", ["ablations.py", str(folder), "--seeds", "1", "--num", "24", "--tiny"])
+    with pytest.raises(KeyboardInterrupt):
+        ablations.main()
+    done = ablations.read_scores(f"{folder}/scores.csv")
+    assert set(done) == {(0, "real"), (0, "reconstruction")} and len(commands) == 5
+    ablations.main()
+    assert [words[0] for words in commands[:3]] == ["autoencoder.py", "content_diffusion.py", "motion_diffusion.py"]
+    assert commands[4] == commands[5] and len(commands) == 9 and "--resume" in commands[4]
+    again = ablations.read_scores(f"{folder}/scores.csv")
+    assert len(again) == 4 and all(again[key] == done[key] for key in done)
+    clips, originals = (judge.read_folder(f"{folder}/seed0/samples/mean/{part}")[0] for part in ("fake", "real"))
+    assert again[0, "mean"]["PSNR"] == pytest.approx(psnr(clips, originals), abs=1e-3)
+    assert "motion" not in again[0, "frames24"] and again[0, "real"]["distance"] < again[0, "mean"]["distance"]
+    # Verdicts: over three seeds, the difference of the means against the two deviations together
+    scores = {(seed, name): {"distance": mean + spread * (seed - 1)} for seed in range(3) for name, mean, spread in (
+        ("first", 1.0, 0.1), ("same", 1.15, 0.1), ("worse", 1.25, 0.1), ("better", 0.5, 0.2))}
+    assert ablations.summary(scores, "same", "distance") == pytest.approx((1.15, 0.1, 3))
+    for name, words in (("first", ""), ("same", "not shown"), ("worse", "worse"), ("better", "better")):
+        assert ablations.verdict(scores, name, "first", "distance") == words
+    one = {key: value for key, value in scores.items() if key[0] == 0}
+    assert ablations.verdict(one, "better", "first", "distance") == "one seed: not shown"
+    ablations.write_table(f"{folder}/table.md", again, 24)
+    assert "| mean of the frames | " in (folder / "table.md").read_text()
+    assert (folder / "ablations.png").stat().st_size > 1000

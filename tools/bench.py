@@ -611,7 +611,7 @@ def plan(rate, mfu, preset="webvid_sd21"):
            for stage in STAGES}  # seconds a clip on one GPU
     latents = 0
     if preset in UNETS:
-        images = torch.empty(p["frames"], 3, *p["size"], device="meta")
+        images = torch.empty(p["frames"], 3, *data.pair(p["size"]), device="meta")
         latents = 2 * sum(macs(lambda: image_autoencoder("meta").encode(images))) / (rate * mfu["encoding"])
     stage_1, trained = (of["steps"] * of["batch_size"] for of in (p, content_diffusion.PRESETS[preset]))  # clips
     height, width = (side // (8 if preset in UNETS else 1) for side in data.pair(p["size"]))

@@ -1,8 +1,10 @@
 """Draws the README's pictures from a trained shapes run into assets/.
 
-    python tools/draw.py runs/shapes runs/shapes/samples
+    python autoencoder.py --run-dir runs/pixels --no-smooth --noise 0 --clips 240
+    python tools/draw.py runs/shapes runs/shapes/samples --pixels runs/pixels
 
-idea.png (a real clip, its content frame, motion latent and reconstruction), losses.png, and samples.gif, enlarged.
+idea.png (a real clip, its content frame, motion latent and reconstruction), losses.png (on training clips, and dots on
+test clips), samples.gif, enlarged, and hidden.png, content frames of both runs.
 """
 
 import csv
@@ -19,7 +21,7 @@ from autoencoder import load_autoencoder
 from data import MovingShapes, to_uint8
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
-INK, GREY, BLUE = (40, 40, 48), (130, 130, 140), (46, 98, 190)
+INK, GREY, BLUE, RED = (40, 40, 48), (130, 130, 140), (46, 98, 190), (205, 60, 50)
 FONT = ImageFont.load_default(17)
 SMALL = ImageFont.load_default(14)
 
@@ -85,25 +87,54 @@ def idea(run_dir, clip=5):
 
 
 def losses(run_dir):
-    """The three loss curves, on logarithmic axes, from the stages' CSV files."""
+    """The three loss curves, on logarithmic axes, from the stages' CSV files; of stages 2 and 3 also on test clips."""
     canvas = Image.new("RGB", (1180, 280), "white")
     draw = ImageDraw.Draw(canvas)
     for k, (stage, title) in enumerate((("autoencoder", "autoencoder: MSE"), ("content", "content: equation 7"),
                                         ("motion", "motion: equation 8"))):
         with open(os.path.join(run_dir, f"{stage}.csv")) as file:
-            points = np.array([(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row["loss"]])
+            rows = list(csv.DictReader(file))
+        points, test = (np.array([(float(row["step"]), float(row[name])) for row in rows if row.get(name)])
+                        for name in ("loss", "test_loss"))
         left, top, width, height = 60 + k * 390, 44, 310, 190
-        low, high = np.log10(points[:, 1].min() * 0.9), np.log10(points[:, 1].max() * 1.1)
-        x = left + points[:, 0] / points[-1, 0] * width
-        y = top + (high - np.log10(points[:, 1])) / (high - low) * height
+        low, high = (np.log10(edge) for edge in (min(points[:, 1].min(), *(loss for _, loss in test)) * 0.9,
+                                                 points[:, 1].max() * 1.1))
+
+        def place(points):
+            x = left + points[:, 0] / points[-1, 0] * width
+            return list(zip(x, top + (high - np.log10(points[:, 1])) / (high - low) * height))
+
         draw.text((left, 14), title, fill=INK, font=FONT)
         draw.rectangle([left, top, left + width, top + height], outline=(215, 215, 222))
         for value in (points[:, 1].max(), points[:, 1].min()):
-            place = top + (high - np.log10(value)) / (high - low) * height
-            draw.text((left - 6, place), f"{value:.2g}", fill=GREY, font=SMALL, anchor="rm")
+            y = top + (high - np.log10(value)) / (high - low) * height
+            draw.text((left - 6, y), f"{value:.2g}", fill=GREY, font=SMALL, anchor="rm")
         draw.text((left + width, top + height + 14), f"{points[-1, 0]:.0f} steps", fill=GREY, font=SMALL, anchor="rm")
-        draw.line(list(zip(x, y)), fill=BLUE, width=3)
+        draw.line(place(points), fill=BLUE, width=3)
+        for x, y in place(test) if len(test) else ():
+            draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=RED)
+            draw.text((left + width - 8, top + 8), "dots: on test clips", fill=RED, font=SMALL, anchor="rt")
     canvas.save(os.path.join(ASSETS, "losses.png"), optimize=True)
+
+
+@torch.no_grad()
+def hidden(run_dir, pixels, clips=(5, 14, 27, 36, 45, 54)):
+    """Content frames of the same test clips by both autoencoders, and between neighbouring pixels what differs, x 4."""
+    canvas = Image.new("RGB", (190 + 154 * len(clips), 24 + 154 * 4), "white")
+    draw, rows = ImageDraw.Draw(canvas), []
+    for folder, name in ((run_dir, "a weight a token,\nnoise on the motion"), (pixels, "a weight a pixel,\nno noise")):
+        model = load_autoencoder(folder, torch.device("cpu"))[0]
+        dataset = MovingShapes(model.frames, model.size, split="test")
+        frames = model.encode(torch.stack([dataset[i]["video"] for i in clips]))[0]
+        smooth = torch.nn.functional.avg_pool2d(frames, model.patch, 1, count_include_pad=False)
+        pad = model.patch // 2, (model.patch - 1) // 2
+        smooth = torch.nn.functional.pad(smooth, (*pad, *pad), mode="replicate")
+        rows += [(name, frames), ("its fine detail, x 4", 4 * (frames - smooth))]
+    for number, (name, frames) in enumerate(rows):
+        draw.text((10, 60 + 154 * number), name, fill=INK, font=SMALL)
+        for column, frame in enumerate(frames):
+            paste(canvas, to_uint8(frame[:, None])[0], 180 + 154 * column, 12 + 154 * number, 144, 144)
+    canvas.save(os.path.join(ASSETS, "hidden.png"), optimize=True)
 
 
 def samples(folder, factor=3):
@@ -121,10 +152,13 @@ def main():
     parser = data.Flags(__doc__)
     parser.add_argument("run_dir", help="run folder of the shapes preset")
     parser.add_argument("samples", help="folder that sample.py wrote from it")
+    parser.add_argument("--pixels", help="another run's folder, of --no-smooth --noise 0, for hidden.png")
     args = parser.parse_args()
     idea(args.run_dir)
     losses(args.run_dir)
     samples(args.samples)
+    if args.pixels:
+        hidden(args.run_dir, args.pixels)
 
 
 if __name__ == "__main__":
