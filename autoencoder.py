@@ -5,6 +5,7 @@ Out: content frames (B, C, H, W), a learned weighted mean of the frames, and mot
 H' = H / patch, W' = W / patch. After training it encodes the data set into the run folder, for stages 2 and 3.
 
     python autoencoder.py                                            # moving shapes, minutes on a CPU
+    python autoencoder.py --preset shapes_text                       # the same for text to video, on latents
     python autoencoder.py --preset ucf101 --data UCF-101             # or a folder of your own videos
     torchrun --nproc-per-node 8 autoencoder.py --preset ucf101 --data UCF-101
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 autoencoder.py ...
@@ -251,16 +252,19 @@ PAPER = dict(  # table 5 and appendix B; the number of steps is ours, the paper 
     betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0, clips_per_video=1, save_every=2000,
     preview_every=2000, log_every=50, workers=8,
 )
+# Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each token, upsampled, because with
+# one for each pixel so small a model hides information in the content frame as a fine periodic pattern, which the
+# content model then cannot generate; noise on the motion latent, so that the decoder tolerates small errors of the
+# motion model; MSE, a higher learning rate that decays, Adam's usual first beta: this training is short.
+SHAPES = dict(
+    data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
+    smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay_steps=1400,
+    clips=4000, clips_per_video=1, save_every=500, preview_every=1000, log_every=50, workers=0,
+)
 PRESETS = {
-    # Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each token, upsampled, because
-    # with one for each pixel so small a model hides information in the content frame as a fine periodic pattern, which
-    # the content model then cannot generate; noise on the motion latent, so that the decoder tolerates small errors of
-    # the motion model; MSE, a higher learning rate that decays, Adam's usual first beta: this training is short.
-    "shapes": dict(
-        data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
-        smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay_steps=1400,
-        clips=4000, clips_per_video=1, save_every=500, preview_every=1000, log_every=50, workers=0,
-    ),
+    "shapes": SHAPES,
+    # The same on latents of 8x8, with captions.
+    "shapes_text": dict(SHAPES, data="shapes_text", sd="tools/tiny-sd.safetensors", channels=4, patch=1),
     # Plus LPIPS with --lpips, which needs two files. 32 clips a video: stages 2 and 3 see each video 3,000 times.
     "ucf101": dict(PAPER, size=[64], channels=3, loss="l1", clips_per_video=32),
     "webvid_sd15": dict(PAPER, size=[512], channels=4, loss="mse"),
@@ -273,7 +277,7 @@ def flags():
     add = parser.add_run(PRESETS)
     add("--encode", action="store_true", help="encode the data set without training")
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="'shapes', a folder of videos, a CSV of captions, or a folder of .tar shards")
+    add("--data", help="shapes, shapes_text, a folder of videos, a CSV of captions, or a folder of .tar shards")
     add("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
     add("--split", help="path of a list of the videos to use, such as UCF-101's trainlist01.txt")
     add("--size", type="count", nargs="+", help="pixels: one number, or height and width")
@@ -307,7 +311,7 @@ def check_flags(args, saved):
     pixels, preset = args.channels == 3, f"--preset {args.preset}"
     if not args.data:
         raise InputError(f"{preset} needs --data: a folder of videos or a CSV of captions")
-    if args.data == "shapes" and not args.clips:
+    if args.data in ("shapes", "shapes_text") and not args.clips:
         raise InputError("--clips 0 means all videos, and the moving shapes have no end: give a number")
     if pixels and args.sd:
         raise InputError(f"{preset} works on pixels: drop --sd, or use --preset webvid_sd15")
@@ -315,9 +319,6 @@ def check_flags(args, saved):
         raise InputError(f"--lpips compares pixels, and {preset} works on latents: drop it")
     if not pixels and not args.sd and not saved:
         raise InputError(f"{preset} needs --sd: a raw Stable Diffusion or image autoencoder file")
-    if not pixels and any(n % (8 * args.patch) for n in args.size):
-        raise InputError(f"--size {' '.join(map(str, args.size))}: height and width must be multiples of "
-                         f"{8 * args.patch}, the image autoencoder's 8 times the patch")
 
 
 # ---- Encoding the data set, and training ----------------------------------------------------------------------------
@@ -442,7 +443,11 @@ def main():
     image = image_weights and open_image_autoencoder(image_weights, device)
     config = {name: getattr(args, name) for name in (
         "channels", "frames", "patch", "width", "motion_channels", "depth", "heads", "content", "smooth")}
-    config |= dict(size=[n // 8 for n in args.size] if image else args.size, squash=image is None)
+    factor = image.factor if image else 1
+    if image and any(n % (factor * args.patch) for n in args.size):
+        raise InputError(f"--size {' '.join(map(str, args.size))}: height and width must be multiples of "
+                         f"{factor * args.patch}, the image autoencoder's {factor} times the patch")
+    config |= dict(size=[n // factor for n in args.size], squash=image is None)
     model = Autoencoder(**config).to(device)
     model.encoder.checkpointing = model.decoder.checkpointing = args.checkpointing
     lpips = load_lpips(*args.lpips).to(device) if args.lpips else None
@@ -523,17 +528,17 @@ def main():
 
 # ---- Appendix: Stable Diffusion's image autoencoder, and LPIPS ------------------------------------------------------
 
-image_norm = partial(nn.GroupNorm, 32, eps=1e-6)
+image_norm = partial(nn.GroupNorm, eps=1e-6)
 
 
 class ImageResBlock(nn.Module):
     """(B, inputs, H, W) -> (B, outputs, H, W)."""
 
-    def __init__(self, inputs, outputs):
+    def __init__(self, inputs, outputs, groups):
         super().__init__()
-        self.norm1 = image_norm(inputs)
+        self.norm1 = image_norm(groups, inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = image_norm(outputs)
+        self.norm2 = image_norm(groups, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
@@ -546,9 +551,9 @@ class ImageResBlock(nn.Module):
 class ImageAttention(nn.Module):
     """One head over all pixels of a feature map, (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, groups):
         super().__init__()
-        self.norm = image_norm(channels)
+        self.norm = image_norm(groups, channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -564,65 +569,71 @@ def named(**layers):
     return nn.Sequential(OrderedDict(layers))
 
 
-def image_level(inputs, outputs, blocks):
+def image_level(inputs, outputs, blocks, groups):
     """The residual blocks of one resolution."""
-    return named(block=nn.Sequential(*(ImageResBlock(outputs if i else inputs, outputs) for i in range(blocks))))
+    return named(block=nn.Sequential(*(
+        ImageResBlock(outputs if i else inputs, outputs, groups) for i in range(blocks))))
 
 
-def image_middle(width):
-    return named(block_1=ImageResBlock(width, width), attn_1=ImageAttention(width), block_2=ImageResBlock(width, width))
+def image_middle(width, groups):
+    return named(block_1=ImageResBlock(width, width, groups), attn_1=ImageAttention(width, groups),
+                 block_2=ImageResBlock(width, width, groups))
 
 
-def image_encoder(channels, multipliers, blocks):
-    """Images (B, 3, H, W) -> moments of the latents, mean and log variance, (B, 8, H/8, W/8)."""
+def image_encoder(channels, multipliers, blocks, groups):
+    """Images (B, 3, H, W) -> moments of the latents, mean and log variance, (B, 8, H/factor, W/factor)."""
     widths = [channels * m for m in (1, *multipliers)]
-    levels = [image_level(before, width, blocks) for before, width in zip(widths, widths[1:])]
+    levels = [image_level(before, width, blocks, groups) for before, width in zip(widths, widths[1:])]
     for level, width in zip(levels[:-1], widths[1:]):  # (H, W) -> (H/2, W/2), padded right and below only
         level.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
     return named(conv_in=nn.Conv2d(3, channels, 3, padding=1), down=nn.Sequential(*levels),
-                 mid=image_middle(widths[-1]), norm_out=image_norm(widths[-1]), act=nn.SiLU(),
+                 mid=image_middle(widths[-1], groups), norm_out=image_norm(groups, widths[-1]), act=nn.SiLU(),
                  conv_out=nn.Conv2d(widths[-1], 8, 3, padding=1))
 
 
-def image_decoder(channels, multipliers, blocks):
-    """Latents (B, 4, H/8, W/8) -> images (B, 3, H, W)."""
+def image_decoder(channels, multipliers, blocks, groups):
+    """Latents (B, 4, H/factor, W/factor) -> images (B, 3, H, W)."""
     widths = [channels * m for m in (*multipliers, multipliers[-1])]
-    levels = [image_level(before, width, blocks + 1) for width, before in zip(widths, widths[1:])]
+    levels = [image_level(before, width, blocks + 1, groups) for width, before in zip(widths, widths[1:])]
     for level, width in zip(levels[1:], widths[1:]):  # (H, W) -> (2H, 2W)
         level.upsample = named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1))
     up = {str(i): level for i, level in enumerate(levels)}  # numbered from the full resolution, applied in reverse
-    return named(conv_in=nn.Conv2d(4, widths[-1], 3, padding=1), mid=image_middle(widths[-1]),
-                 up=nn.Sequential(OrderedDict(reversed(up.items()))), norm_out=image_norm(widths[0]), act=nn.SiLU(),
-                 conv_out=nn.Conv2d(widths[0], 3, 3, padding=1))
+    return named(conv_in=nn.Conv2d(4, widths[-1], 3, padding=1), mid=image_middle(widths[-1], groups),
+                 up=nn.Sequential(OrderedDict(reversed(up.items()))), norm_out=image_norm(groups, widths[0]),
+                 act=nn.SiLU(), conv_out=nn.Conv2d(widths[0], 3, 3, padding=1))
 
 
 class ImageAutoencoder(nn.Module):
     """Stable Diffusion's image autoencoder (the same in 1.x and 2.x), with the raw file's names. It computes in its
-    weights' dtype and returns float32, `chunk` images at a time to save memory. Latents are the posterior's mean."""
+    weights' dtype and returns float32, `chunk` images at a time to save memory. Latents are the posterior's mean, and
+    `factor` times smaller than images: 8 at the published sizes, which are the defaults."""
 
     def __init__(self, channels=128, multipliers=(1, 2, 4, 4), blocks=2):
         super().__init__()
         self.scale = 0.18215  # scales the latents to about unit variance
-        self.encoder = image_encoder(channels, multipliers, blocks)
-        self.decoder = image_decoder(channels, multipliers, blocks)
+        self.factor = 2 ** (len(multipliers) - 1)
+        groups = min(32, channels // 4)  # of the norms: 32 at the published width, fewer in a tiny model
+        self.encoder = image_encoder(channels, multipliers, blocks, groups)
+        self.decoder = image_decoder(channels, multipliers, blocks, groups)
         self.quant_conv = nn.Conv2d(8, 8, 1)
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
     def encode(self, images, chunk=4):
-        """Images (N, 3, H, W) in [-1, 1] -> scaled latents (N, 4, H/8, W/8)."""
+        """Images (N, 3, H, W) in [-1, 1] -> scaled latents (N, 4, H/factor, W/factor)."""
         images = images.to(self.quant_conv.weight.dtype)
         moments = torch.cat([self.quant_conv(self.encoder(part)) for part in images.split(chunk)])
         return self.scale * moments[:, :4].float()
 
     def decode(self, latents, chunk=4):
-        """Scaled latents (N, 4, H/8, W/8) -> images (N, 3, H, W), about in [-1, 1]."""
+        """Scaled latents (N, 4, H/factor, W/factor) -> images (N, 3, H, W), about in [-1, 1]."""
         latents = (latents / self.scale).to(self.quant_conv.weight.dtype)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in latents.split(chunk)]).float()
 
 
 def load_image_autoencoder(path):
     """The ImageAutoencoder (float32, frozen, on the CPU) of a full Stable Diffusion file or of its own."""
-    tensors = find_part(read_checkpoint(path), "first_stage_model.", ["encoder.conv_in.weight", "quant_conv.weight"],
+    tensors = find_part(read_checkpoint(path), "first_stage_model.", [
+        "encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "quant_conv.weight"],
                         f"{path} holds no Stable Diffusion image autoencoder")
     own = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # leaves 'loss.' and 'model_ema.' out
     tensors = {  # newer files store the attention's 1x1 convolutions as linear layers
@@ -632,16 +643,21 @@ def load_image_autoencoder(path):
 
 
 def open_image_autoencoder(tensors, device, what="the run folder's image autoencoder"):
-    """A frozen ImageAutoencoder with these tensors, whose shapes tell its width. In half precision on a GPU."""
+    """A frozen ImageAutoencoder with these tensors, whose shapes tell its sizes. In half precision on a GPU."""
+    channels, levels = len(tensors["encoder.conv_in.weight"]), {}
+    for name, tensor in tensors.items():
+        if name.startswith("encoder.down.") and name.endswith("conv1.weight"):
+            levels.setdefault(name.split(".")[2], []).append(len(tensor))  # the width of each block
+    multipliers = [widths[0] // channels for _, widths in sorted(levels.items())]
     with torch.device("meta"):
-        model = ImageAutoencoder(channels=len(tensors["encoder.conv_in.weight"]))
+        model = ImageAutoencoder(channels, multipliers, blocks=len(levels["0"]))
     load_weights(model, tensors, what)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     return model.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
 
 
 def to_frames(video, image):
-    """Clips (B, 3, L, H, W) as the video autoencoder takes them: with `image`, latents (B, 4, L, H/8, W/8)."""
+    """Clips (B, 3, L, H, W) as the video autoencoder takes them: latents (B, 4, L, H/factor, W/factor) with `image`."""
     if image is None:
         return video
     latents = image.encode(rearrange(video, "b c l h w -> (b l) c h w"))
@@ -770,6 +786,9 @@ def read_checkpoint(path):
     levels around the tensors ('state_dict', 'ema' before 'model' and so on). InputError for any other file.
     """
     path = os.fspath(path)
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+    if not os.path.exists(path) and os.path.exists(beside):  # the shapes_text preset's, from any working directory
+        path = beside
     if not os.path.isfile(path):
         raise InputError(f"{path} is a folder, not weights" if os.path.isdir(path) else f"{path}: no such file")
     with open(path, "rb") as file:

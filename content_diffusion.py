@@ -296,6 +296,10 @@ PRESETS = {
         model="mini", patch=4, predict="x", schedule="linear", lr=3e-3, batch_size=16, steps=2200, decay_steps=2200,
         ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
+    "shapes_text": dict(
+        model="sd", sd="tools/tiny-sd.safetensors", predict="eps", schedule="scaled_linear", lr=5e-4, batch_size=16,
+        steps=1500, decay_steps=1500, ema=0.995, drop=0.1, save_every=500, preview_every=500, log_every=50, workers=0,
+    ),
     # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
     "ucf101": dict(PAPER, model="XL", schedule="linear", steps=111_762),
     "webvid_sd15": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
@@ -311,6 +315,7 @@ def flags():
     add("--model", choices=[*DIT_SIZES, "sd"], help="DiT's size, or sd: Stable Diffusion's U-Net")
     add("--patch", type="count", help="DiT's patch on the content frame")
     add("--sd", help="raw Stable Diffusion 1.5 or 2.1-base file to start from, for --model sd")
+    add("--from-scratch", action="store_true", help="U-Net of --sd's sizes with random weights, to compare with")
     add("--dit", help="raw ImageNet DiT file to start a DiT from, such as DiT-XL-2-256x256.pt")
     add = parser.add_argument_group("diffusion").add_argument
     add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean latent")
@@ -337,12 +342,14 @@ def load_content(run_dir):
 def new_model(args, dataset, rank):
     """(config, DiT or UNet, TextEncoder or None) to train, by the flags and the encodings."""
     C, *size = dataset.content_shape
-    if args.sd and args.model != "sd" or args.dit and args.model == "sd":
-        raise InputError("--sd is for --model sd, --dit for the other models")
+    if (args.sd or args.from_scratch) and args.model != "sd" or args.dit and args.model == "sd":
+        raise InputError("--sd and --from-scratch are for --model sd, --dit for the other models")
     if args.model == "sd":
         if not args.sd:
             raise InputError("--model sd needs --sd: a raw Stable Diffusion 1.5 or 2.1-base file")
         unet, text_encoder = load_stable_diffusion(args.sd)
+        if args.from_scratch:
+            unet.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
         if C != unet.channels:
             raise InputError(f"the content frames in {args.run_dir} have {C} channels, and Stable Diffusion's latents "
                              f"{unet.channels}: encode with `autoencoder.py --preset webvid_sd15`")
@@ -479,12 +486,12 @@ def main():
 class ResBlock(nn.Module):
     """(B, inputs, H, W), time embedding (B, 4 width) -> (B, outputs, H, W)."""
 
-    def __init__(self, inputs, outputs, time_width):
+    def __init__(self, inputs, outputs, time_width, groups):
         super().__init__()
-        self.in_layers = nn.Sequential(GroupNorm(32, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.in_layers = nn.Sequential(GroupNorm(groups, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_width, outputs))
         self.out_layers = nn.Sequential(  # the file counts a dropout of zero, here the identity
-            GroupNorm(32, outputs), nn.SiLU(), nn.Identity(), nn.Conv2d(outputs, outputs, 3, padding=1))
+            GroupNorm(groups, outputs), nn.SiLU(), nn.Identity(), nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x, time):
@@ -530,9 +537,9 @@ class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map x (B, width, H, W), context (B, M, context) -> x's shape.
     linear: the projections around it are linear layers (2.1), not 1x1 convolutions (1.5), which compute the same."""
 
-    def __init__(self, width, context, heads, linear):
+    def __init__(self, width, context, heads, linear, groups):
         super().__init__()
-        self.norm = GroupNorm(32, width, eps=1e-6)
+        self.norm = GroupNorm(groups, width, eps=1e-6)
         self.proj_in, self.proj_out = (nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
                                        for _ in range(2))
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context, heads)])
@@ -560,13 +567,15 @@ class UNet(nn.Module):
         super().__init__()
         self.width, self.context, self.channels, self.checkpointing = width, context, 4, False
         time_width, last = 4 * width, len(multipliers) - 1  # the last level, of lowest resolution, has no attention
+        groups = min(32, width // 4)  # of the norms: 32 at the published width, fewer in a tiny model
 
         def transformer(outputs):
             count = heads if head_width is None else outputs // head_width
-            return SpatialTransformer(outputs, context, count, linear=head_width is not None)
+            return SpatialTransformer(outputs, context, count, head_width is not None, groups)
 
         def layers(inputs, outputs, level):
-            return nn.ModuleList([ResBlock(inputs, outputs, time_width)] + [transformer(outputs)] * (level < last))
+            block = ResBlock(inputs, outputs, time_width, groups)
+            return nn.ModuleList([block] + [transformer(outputs)] * (level < last))
 
         here, skips = width, [width]  # channels so far, and of the skip connections
         self.time_embed = nn.Sequential(nn.Linear(width, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
@@ -581,7 +590,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(nn.ModuleList([down]))
                 skips.append(here)
         self.middle_block = nn.ModuleList(
-            [ResBlock(here, here, time_width), transformer(here), ResBlock(here, here, time_width)])
+            [ResBlock(here, here, time_width, groups), transformer(here), ResBlock(here, here, time_width, groups)])
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for _ in range(blocks + 1):
@@ -589,7 +598,7 @@ class UNet(nn.Module):
                 here = width * multiplier
             if level:
                 self.output_blocks[-1].append(nn.ModuleDict(dict(conv=nn.Conv2d(here, here, 3, padding=1))))
-        self.out = nn.Sequential(GroupNorm(32, here), nn.SiLU(), nn.Conv2d(here, 4, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(groups, here), nn.SiLU(), nn.Conv2d(here, 4, 3, padding=1))
 
     def apply_block(self, layers, x, time, context, size=None):
         """x (B, C, H, W) through the layers of a block. size: H and W after an upsampling."""

@@ -101,7 +101,7 @@ def print_once(text):
         print(printable(text), file=sys.stderr, flush=True)
 
 
-# ---- Moving shapes: the embedded data set ---------------------------------------------------------------------------
+# ---- Moving shapes: the embedded data sets --------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle")
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y); y grows downwards
@@ -111,14 +111,21 @@ COLOURS = {  # RGB, 0..1
 }
 
 
+HELD_OUT = {"red square", "green circle", "blue triangle", "white triangle"}  # in no clip of the captioned shapes
+
+
 class MovingShapes(torch.utils.data.Dataset):
     """One shape moves in one direction over a dark background: 12 classes, made on the fly. Clip i depends on (seed,
-    split, i) alone. `train` is endless (its length is nominal), `test` is a fixed set of other clips."""
+    split, i) alone. `train` is endless (its length is nominal), `test` is a fixed set of other clips.
+
+    captioned: for text-to-video. No classes; the pairs of colour and shape in HELD_OUT never occur; and a third of the
+    captions in `train` leave the motion out, so that one content frame has several motions."""
 
     classes = [f"{shape} moving {move}" for shape in SHAPES for move in MOVES]
 
-    def __init__(self, frames=16, size=32, seed=0, split="train"):
+    def __init__(self, frames=16, size=32, seed=0, split="train", captioned=False):
         self.frames, self.size, self.seed, self.endless = frames, pair(size), seed, split == "train"
+        self.captioned, self.classes = captioned, [] if captioned else self.classes
 
     def __len__(self):
         return 1_000_000 if self.endless else 2_400
@@ -131,37 +138,55 @@ class MovingShapes(torch.utils.data.Dataset):
         if not self.endless and index >= len(self):
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, not self.endless, index, number])
-        label, (height, width) = index % len(self.classes), self.size
+        label = index % (len(SHAPES) * len(MOVES))
         shape, move = SHAPES[label // len(MOVES)], list(MOVES)[label % len(MOVES)]
-        name = list(COLOURS)[rng.integers(len(COLOURS))]
-        y, x = np.ogrid[0.5:height, 0.5:width]  # pixel centres
-        # The background: two colours blended along a random direction, darker than every shape, since a content model
-        # that is trained for minutes would generate the mean of darker and brighter ones.
-        angle = rng.uniform(0, 2 * np.pi)
-        ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle) + 0.5
-        first, second = rng.uniform(0.15, 0.4, (2, 1)) + rng.uniform(-0.08, 0.08, (2, 3))
-        background = first + np.clip(ramp, 0, 1)[..., None] * (second - first)  # (H, W, 3)
-        # The path: a straight line inside the frame, 0.6 to 1 times as long as the frame allows.
-        reach = rng.uniform(0.29, 0.35) * min(height, width)
-        free = np.array([width, height]) - 2 * reach
-        travel = free * MOVES[move] * rng.uniform(0.6, 1)
-        start = reach + np.maximum(0, -travel) + rng.uniform(0, 1, 2) * (free - np.abs(travel))
-        centre = start + np.linspace(0, 1, self.frames)[:, None] * travel  # (L, 2)
-        px = x - centre[:, 0, None, None]  # (L, 1, W)
-        py = y - centre[:, 1, None, None]  # (L, H, 1)
-        # Distance to the edge in pixels, negative inside; the last half pixel is anti-aliased. All shapes have the same
-        # area, 2 reach^2: guidance (see sample.py) exaggerates differences, and would make smaller shapes faint.
-        if shape == "circle":
-            distance = np.hypot(px, py) - (2 / np.pi) ** 0.5 * reach
-        elif shape == "square":
-            distance = np.maximum(np.abs(px), np.abs(py)) - 0.5**0.5 * reach
-        else:  # a triangle, point up, as wide as high
-            distance = np.maximum((2 * np.abs(px) - (py + reach)) / 5**0.5, py - reach)
-        cover = np.clip(0.5 - distance, 0, 1)[..., None]  # (L, H, W, 1)
-        colour = np.clip(COLOURS[name] + rng.uniform(-0.08, 0.08, 3), 0, 1)
-        clip = background + cover * (colour - background)  # (L, H, W, 3)
-        video = torch.from_numpy(clip.astype(np.float32) * 2 - 1).permute(3, 0, 1, 2)  # (3, L, H, W)
-        return dict(video=video, label=label, caption=f"a{'n' * (name == 'orange')} {name} {shape} moving {move}")
+        names = [name for name in COLOURS if not self.captioned or f"{name} {shape}" not in HELD_OUT]
+        name = names[rng.integers(len(names))]
+        video = draw_clip(rng, shape, COLOURS[name], move, self.frames, self.size)
+        caption = f"a{'n' * (name == 'orange')} {name} {shape}"
+        if not self.captioned:
+            return dict(video=video, label=label, caption=f"{caption} moving {move}")
+        silent = self.endless and rng.random() < 1 / 3
+        return dict(video=video, label=0, caption=caption if silent else f"{caption} moving {move}")
+
+
+def draw_clip(rng, shape, colour, move, frames, size):
+    """A shape, also a star, of about that colour (RGB, 0..1) that moves over a dark background, at a place, over a
+    distance and before a background that rng chooses: float32 (3, L, H, W) in [-1, 1]. One frame is a still picture."""
+    height, width = size
+    y, x = np.ogrid[0.5:height, 0.5:width]  # pixel centres
+    # The background: two colours blended along a random direction, darker than every shape, since a content model that
+    # is trained for minutes would generate the mean of darker and brighter ones.
+    angle = rng.uniform(0, 2 * np.pi)
+    ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle) + 0.5
+    first, second = rng.uniform(0.15, 0.4, (2, 1)) + rng.uniform(-0.08, 0.08, (2, 3))
+    background = first + np.clip(ramp, 0, 1)[..., None] * (second - first)  # (H, W, 3)
+    # The path: a straight line inside the frame, 0.6 to 1 times as long as the frame allows.
+    reach = rng.uniform(0.29, 0.35) * min(height, width)
+    free = np.array([width, height]) - 2 * reach
+    travel = free * MOVES[move] * rng.uniform(0.6, 1)
+    start = reach + np.maximum(0, -travel) + rng.uniform(0, 1, 2) * (free - np.abs(travel))
+    centre = start + np.linspace(0, 1, frames)[:, None] * travel  # (L, 2)
+    px = x - centre[:, 0, None, None]  # (L, 1, W)
+    py = y - centre[:, 1, None, None]  # (L, H, 1)
+    # Distance to the edge in pixels, negative inside; the last half pixel is anti-aliased. All shapes have the same
+    # area, 2 reach^2: guidance (see sample.py) exaggerates differences, and would make smaller shapes faint.
+    if shape == "circle":
+        distance = np.hypot(px, py) - (2 / np.pi) ** 0.5 * reach
+    elif shape == "square":
+        distance = np.maximum(np.abs(px), np.abs(py)) - 0.5**0.5 * reach
+    elif shape == "triangle":  # point up, as wide as high
+        distance = np.maximum((2 * np.abs(px) - (py + reach)) / 5**0.5, py - reach)
+    else:  # a star with five points, one up, of a fifth less area: with the same they would leave the frame
+        radius, turn = np.hypot(px, py), np.pi / 5
+        around = np.abs((np.arctan2(px, -py) + turn) % (2 * turn) - turn)  # angle from the nearest point
+        tip, dent = 1.1 * reach, 0.5 * reach * np.exp(1j * turn)
+        along = (dent - tip) / np.abs(dent - tip)  # the edge from a point to the dent beside it
+        distance = ((radius * np.exp(1j * around) - tip) / along).imag * -1
+    cover = np.clip(0.5 - distance, 0, 1)[..., None]  # (L, H, W, 1)
+    colour = np.clip(colour + rng.uniform(-0.08, 0.08, 3), 0, 1)
+    clip = background + cover * (colour - background)  # (L, H, W, 3)
+    return torch.from_numpy(clip.astype(np.float32) * 2 - 1).permute(3, 0, 1, 2)  # (3, L, H, W)
 
 
 # ---- Reading videos -------------------------------------------------------------------------------------------------
@@ -691,16 +716,17 @@ def ignore_signals(_):
 
 
 def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0):
-    """(data set, training indices or None for endless, test set, test indices) of what --data names: 'shapes', a folder
-    of videos, a CSV, a .tar or a folder of them; or, with `captions` (a CSV), the folder that its paths start from.
-    Test clips, in random order, are those of testlistNN.txt where --split is trainlistNN.txt and the other lies beside
-    it; otherwise one file in fifty, at most 64, is kept out of training. seed: of training, which it depends on."""
-    if data == "shapes":
-        test = MovingShapes(frames, size, seed, split="test")
-        return MovingShapes(frames, size, seed), None, test, range(len(test))
+    """(data set, training indices or None for endless, test set, test indices) of what --data names: 'shapes' or
+    'shapes_text' (with captions), a folder of videos, a CSV, a .tar or a folder of them; or, with `captions` (a CSV),
+    the folder that its paths start from. Test clips, in random order, are those of testlistNN.txt where --split is
+    trainlistNN.txt and the other lies beside it; otherwise one file in fifty, at most 64, is kept out of training.
+    seed: of training, which it depends on."""
+    if data in ("shapes", "shapes_text"):
+        train, test = (MovingShapes(frames, size, seed, split, data != "shapes") for split in ("train", "test"))
+        return train, None, test, range(len(test))
     if not os.path.isdir(data) and not (os.path.isfile(data) and data.endswith((".csv", ".tar"))):
-        raise InputError(f"--data {data} does not exist, or is not a folder of videos, a .csv or a .tar ('shapes' is "
-                         "the embedded set); if it moved since training, give its new place")
+        raise InputError(f"--data {data} does not exist, or is not a folder of videos, a .csv or a .tar ('shapes' and "
+                         "'shapes_text' are the embedded sets); if it moved since training, give its new place")
     if captions or data.endswith((".csv", ".tar")) or glob.glob(f"{glob.escape(data)}/*.tar"):
         dataset = CaptionedVideos(captions or data, data if captions else None, frames, size, stride, seed)
     else:

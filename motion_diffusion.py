@@ -153,6 +153,11 @@ PRESETS = {
         model="mini", patch=2, content_patch=8, predict="x", schedule="linear", lr=2e-3, batch_size=16, steps=2000,
         decay_steps=2000, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
+    "shapes_text": dict(
+        text="tools/tiny-sd.safetensors", model="mini", patch=2, content_patch=2, predict="x", schedule="linear",
+        lr=2e-3, batch_size=16, steps=2000, decay_steps=2000, ema=0.995, drop=0.1, save_every=500, preview_every=1000,
+        log_every=50, workers=0,
+    ),
     # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
     "ucf101": dict(PAPER, model="L", content_patch=4, steps=111_762),
     "webvid_sd15": dict(PAPER, model="XL", content_patch=4, steps=125_391),

@@ -4,6 +4,7 @@ Reads the checkpoints that it needs from a run folder, and what --image or --dat
 .mkv with --lossless, for fvd.py), captions.txt with a line a clip, and samples.gif and samples.png, an overview.
 
     python sample.py                                                 # two clips of each class of runs/shapes
+    python sample.py --run-dir runs/shapes_text --prompt "a red circle moving left"
     python sample.py --run-dir runs/ucf101 --label Archery --num 4
     python sample.py --run-dir runs/webvid_sd21 --prompt "a ship in a storm, oil painting" --guidance 8.5
     python sample.py --run-dir runs/webvid_sd21 --prompt "waves" --image photo.jpg       # animate a picture
@@ -125,7 +126,7 @@ class Sampler:
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 
-GUIDANCE = dict(shapes=2.0, ucf101=5.0, webvid_sd15=8.5, webvid_sd21=8.5)  # content's scale, by the run's preset
+GUIDANCE = dict(shapes=2.0, shapes_text=3.0, ucf101=5.0, webvid_sd15=8.5, webvid_sd21=8.5)  # content's, by preset
 
 
 def flags():

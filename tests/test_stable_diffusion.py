@@ -18,7 +18,7 @@ import torch
 from macs import count_macs
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-from autoencoder import ImageAutoencoder, load_image_autoencoder, load_weights, read_checkpoint
+from autoencoder import ImageAutoencoder, load_image_autoencoder, load_weights, open_image_autoencoder, read_checkpoint
 from content_diffusion import (
     DiT,
     TextEncoder,
@@ -68,13 +68,16 @@ def reference_unet(width, context, head_width=None, heads=8):
         down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
         attention_head_dim=[w // head_width for w in widths] if head_width else heads,
+        norm_num_groups=min(32, width // 4),  # 32 in the real files
         use_linear_projection=head_width is not None).eval()
 
 
-def reference_autoencoder(channels=128):
+def reference_autoencoder(channels=128, multipliers=(1, 2, 4, 4), blocks=2):
+    levels = len(multipliers)
     return diffusers.AutoencoderKL(
-        block_out_channels=[channels * m for m in (1, 2, 4, 4)], layers_per_block=2, latent_channels=4, sample_size=512,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4).eval()
+        block_out_channels=[channels * m for m in multipliers], layers_per_block=blocks, latent_channels=4,
+        norm_num_groups=min(32, channels // 4), down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels).eval()
 
 
 def clip_config(width=768, layers=12, heads=12, act="quick_gelu"):
@@ -124,11 +127,14 @@ def test_unet_checkpointing_and_compile_change_nothing():
             assert (unet(x, t, context) - plain).abs().max() < 0.1 * plain.abs().max()
 
 
-def test_image_autoencoder_equals_diffusers_in_any_chunks():
-    ours, reference = randomised(ImageAutoencoder(channels=32)), reference_autoencoder(32)
+@pytest.mark.parametrize("sizes", [dict(channels=32), dict(channels=32, multipliers=(1, 2, 2), blocks=1),
+                                   dict(channels=48, multipliers=(1, 3), blocks=3)])
+def test_image_autoencoder_equals_diffusers_in_any_chunks_and_its_sizes_are_read_from_the_tensors(sizes):
+    ours, reference = randomised(ImageAutoencoder(**sizes)), reference_autoencoder(**sizes)
     state = prefixed("first_stage_model.", ours.state_dict())
     reference.load_state_dict(convert.convert_ldm_vae_checkpoint(state, reference.config))
-    images, latents = torch.rand(3, 3, 32, 48) * 2 - 1, torch.randn(3, 4, 4, 6)
+    ours, factor = open_image_autoencoder(ours.state_dict(), torch.device("cpu")), ours.factor
+    images, latents = torch.rand(3, 3, 32, 48) * 2 - 1, torch.randn(3, 4, 32 // factor, 48 // factor)
     with torch.no_grad():
         assert close(ours.encode(images, chunk=2), 0.18215 * reference.encode(images).latent_dist.mean)
         assert close(ours.decode(latents, chunk=2), reference.decode(latents / 0.18215).sample)
@@ -237,6 +243,7 @@ def test_full_size_unet_has_the_real_file_s_tensors_and_cost(sizes, parameters):
                  "output_blocks.2.1.conv.weight", "output_blocks.5.2.conv.weight", "middle_block.1.norm.weight",
                  "input_blocks.4.0.skip_connection.weight", "output_blocks.11.1.transformer_blocks.0.ff.net.2.bias"):
         assert name in state  # a few of the real names, by heart, in case the converter is wrong in the same way
+    assert {layer.num_groups for layer in unet.modules() if isinstance(layer, torch.nn.GroupNorm)} == {32}
     assert count_macs(unet, *inputs) == pytest.approx(0.339e12, rel=0.02)  # tables 8 and 9; both versions match
 
 
@@ -247,6 +254,7 @@ def test_full_size_image_autoencoder_has_the_real_file_s_tensors_and_cost():
     state = ours.state_dict()
     converted = convert.convert_ldm_vae_checkpoint(prefixed("first_stage_model.", state), reference.config)
     same_names_and_shapes(converted, reference, 248)
+    assert {layer.num_groups for layer in ours.modules() if isinstance(layer, torch.nn.GroupNorm)} == {32}
     assert len(state) == 248 and state["encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
     assert "decoder.up.3.upsample.conv.weight" in state and "encoder.down.0.downsample.conv.bias" in state
     assert count_macs(ours, images, call=ours.encode) == pytest.approx(17.3e12, rel=0.02)

@@ -372,9 +372,6 @@ def test_a_picture_with_the_motion_of_a_still_clip_comes_back_as_the_image_autoe
     shapes, test = MovingShapes(frames, 32, seed=1), MovingShapes(frames, 32, seed=1, split="test")
     clips = torch.stack([shapes[i]["video"] for i in range(480)])
     image = ImageAutoencoder(channels=32, multipliers=(1, 1), blocks=1)  # halves each side
-    for layer in image.modules():
-        if isinstance(layer, torch.nn.GroupNorm):
-            layer.num_groups = 2  # 32 would leave one channel a group, and no picture its colours
     model = Autoencoder(channels=4, frames=frames, size=16, patch=2, width=64, depth=2, heads=4)
 
     def train(module, steps, loss_of):

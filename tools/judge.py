@@ -29,12 +29,14 @@ TRAINING, REFERENCE = 123_456_789, 987_654_321  # seeds of the judge's two sets:
 
 
 class Classifier(nn.Sequential):
-    def __init__(self):
+    """Clips (N, 3, 16, 32, 32) -> logits (N, outputs)."""
+
+    def __init__(self, outputs=len(MovingShapes.classes)):
         def layer(inputs, outputs, stride):
             return nn.Sequential(nn.Conv3d(inputs, outputs, 3, stride, 1), nn.BatchNorm3d(outputs), nn.ReLU())
 
         super().__init__(layer(3, 16, (1, 2, 2)), layer(16, 32, 2), layer(32, 64, 2), layer(64, 64, 2), nn.Flatten(),
-                         nn.Linear(64 * 2 * 2 * 2, len(MovingShapes.classes)))
+                         nn.Linear(64 * 2 * 2 * 2, outputs))
 
 
 def batch_of(dataset, indices):
@@ -97,22 +99,28 @@ def spread(videos, labels):
             for name, value in traits(videos).items()}
 
 
-def read_folder(folder, frames=FRAMES):
-    """(videos (N, 3, L, H, W), labels (N,)) of a folder that sample.py wrote."""
+def read_clips(folder, frames=FRAMES):
+    """(videos (N, 3, L, H, W), N captions) of a folder that sample.py wrote."""
     captions = os.path.join(folder, "captions.txt")
     if not os.path.isfile(captions):  # sample.py writes them beside `real` and `fake`
         captions = os.path.join(folder, "..", "captions.txt")
     names = sorted(name for name in data.find_videos(folder) if not name.endswith(".gif"))
-    try:
-        with open(captions) as file:
-            labels = torch.tensor([MovingShapes.classes.index(" ".join(line.split()[-3:])) for line in file])
-    except (OSError, ValueError):
-        labels = []
-    if not names or len(names) != len(labels):
-        raise InputError(f"{folder} has {len(names)} clips and {len(labels)} captions of shapes: name a folder that "
-                         "sample.py wrote from a shapes run, or of --reconstruct its fake folder")
+    captions = data.read_lines(captions) if os.path.isfile(captions) else []
+    if not names or len(names) != len(captions):
+        raise InputError(f"{folder} has {len(names)} clips and {len(captions)} captions: name a folder that sample.py "
+                         "wrote from a shapes run, or of --reconstruct its fake folder")
     clips = np.stack([data.read_clip(os.path.join(folder, name), frames) for name in names])  # (N, L, H, W, 3)
-    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3) / 127.5 - 1, labels
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3) / 127.5 - 1, captions
+
+
+def read_folder(folder, frames=FRAMES):
+    """(videos (N, 3, L, H, W), labels (N,)) of a folder that sample.py wrote from a shapes run."""
+    videos, captions = read_clips(folder, frames)
+    try:
+        labels = [MovingShapes.classes.index(" ".join(caption.split()[-3:])) for caption in captions]
+    except ValueError:
+        raise InputError(f"{folder}: not all of its captions are classes of the preset shapes") from None
+    return videos, torch.tensor(labels)
 
 
 def main():
