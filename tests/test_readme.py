@@ -51,6 +51,7 @@ TINY = {  # script: what is added to a command's own flags (of two the last one 
 }
 OF_PRESET = {  # what stands for the braces above, by the preset of the command's run
     "shapes": dict(clip="--size 16 --frames 9", content="--model mini"),
+    "shapes_text": dict(clip="--size 16 --frames 4", content=""),
     "ucf101": dict(clip="--size 16 --frames 9 --clips-per-video 1", content="--model mini --patch 4"),
     "webvid_sd15": dict(clip="--size 64 --frames 4", content=""),  # the model is as small as the file, see STANDS_IN
     "webvid_sd21": dict(clip="--size 64 128 --frames 4", content=""),
@@ -78,6 +79,8 @@ NOT_RUN = {  # how a command begins: why it is not run here
     "python tools/bench.py": "minutes; test_speed.py runs its parts",
     "python tools/judge.py": "two minutes, and it judges clips of full size only",
     "python tools/ablations.py": "hours; test_tools.py runs it at tiny size",
+    "python tools/tiny_sd.py": "an hour; test_tiny_sd.py looks at what it wrote",
+    "python tools/claim.py": "hours; test_tiny_sd.py runs its parts",
 }
 
 

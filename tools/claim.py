@@ -63,12 +63,13 @@ def measure(args, path):
             run = f"{args.folder}/{start}-{seed}"
             link(args.run_dir, run)
             for steps in args.at:
-                if all((start, str(seed), str(steps), kind) in done for kind in KINDS):
+                missing = [kind for kind in KINDS if (start, str(seed), str(steps), kind) not in done]
+                if not missing:
                     continue
                 call("content_diffusion.py", "--run-dir", run, "--resume", "--seed", seed, "--steps", steps, *flags)
                 model = model or train_reader()
-                for kind, times in KINDS.items():
-                    prompts, out = prompts_of(kind) * times, f"{run}/{kind}-{steps}"
+                for kind in missing:
+                    prompts, out = prompts_of(kind) * KINDS[kind], f"{run}/{kind}-{steps}"
                     shutil.rmtree(out, ignore_errors=True)
                     with open(f"{run}/prompts.txt", "w") as file:
                         file.write("\n".join(prompts))

@@ -1,14 +1,16 @@
 """Draws the README's pictures from a trained shapes run into assets/.
 
     python autoencoder.py --run-dir runs/pixels --no-smooth --noise 0 --clips 240
-    python tools/draw.py runs/shapes runs/shapes/samples --pixels runs/pixels
+    python tools/draw.py runs/shapes runs/shapes/samples --pixels runs/pixels --text runs/shapes_text/samples
 
 idea.png (a real clip, its content frame, motion latent and reconstruction), losses.png (on training clips, and dots on
-test clips), samples.gif, enlarged, and hidden.png, content frames of both runs.
+test clips) and samples.gif, enlarged. --pixels: hidden.png, content frames of both runs. --text: text.png, the overview
+that sample.py drew of prompts.
 """
 
 import csv
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -153,7 +155,10 @@ def main():
     parser.add_argument("run_dir", help="run folder of the shapes preset")
     parser.add_argument("samples", help="folder that sample.py wrote from it")
     parser.add_argument("--pixels", help="another run's folder, of --no-smooth --noise 0, for hidden.png")
+    parser.add_argument("--text", help="folder that sample.py wrote from a run of the preset shapes_text")
     args = parser.parse_args()
+    if args.text:
+        shutil.copy(os.path.join(args.text, "samples.png"), os.path.join(ASSETS, "text.png"))
     idea(args.run_dir)
     losses(args.run_dir)
     samples(args.samples)

@@ -158,7 +158,7 @@ def main():
     add("--out", default=FILE, help="the file to write")
     add("--folder", default="runs/tiny_sd", help="for checkpoints, and a picture of what the model draws")
     add("--image-steps", type="count", default=2500, help="of the image autoencoder")
-    add("--steps", type="count", default=5000, help="of the U-Net and the text encoder")
+    add("--steps", type="count", default=2800, help="of the U-Net and the text encoder")
     add("--batch-size", type="count", default=32, help="pictures a step")
     add("--seed", type="whole", default=0, help="random seed")
     args = parser.parse_args()
