@@ -909,7 +909,8 @@ def compile_modules(args, preset, device, *modules, **options):
     """Compiles modules in place, each at its first call and for such inputs alone: others, such as a last, smaller
     batch, run as they are. If compiling fails, all do. --compile decides, else it is done on a GPU with Triton at the
     paper's sizes: small models would wait longer than they save. Returns what a script's first line says about it."""
-    default = device.type == "cuda" and not preset.startswith("shapes") and importlib.util.find_spec("triton") is not None
+    large = not preset.startswith("shapes")
+    default = large and device.type == "cuda" and importlib.util.find_spec("triton") is not None
     modules = [module for module in modules if module is not None]
     if not (default if args.compile is None else args.compile):
         return "not compiled"
