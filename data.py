@@ -906,39 +906,31 @@ def compare_views(folder, saved=None):
 
 
 def compile_modules(args, preset, device, *modules, **options):
-    """Compiles modules in place, each at its first call and for such inputs alone: others, such as a last, smaller
-    batch, run as they are. If compiling fails, all do. --compile decides, else it is done on a GPU with Triton at the
-    paper's sizes: small models would wait longer than they save. Returns what a script's first line says about it."""
+    """Compiles modules in place, each at its first call and for inputs of that kind alone: others, such as a last,
+    smaller batch, run as they are, and so do all if compiling fails. By default on a GPU with Triton at the paper's
+    sizes, since small models would wait longer than they save. Returns what a script's first line says about it."""
     large = not preset.startswith("shapes")
     default = large and device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    modules = [module for module in modules if module is not None]
     if not (default if args.compile is None else args.compile):
         return "not compiled"
-
-    def in_place(module):
-        module.compile(dynamic=False, **options)
-        compiled, stance = module._compiled_call_impl, "default"
-
-        def call(*inputs):
-            nonlocal stance
-            try:
-                with torch.compiler.set_stance(stance):
-                    result = compiled(*inputs)
-                stance = "eager_on_recompile"
-                return result
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as e:  # a compiler can raise anything
-                print_once(f"goes on without torch.compile, which failed: {' '.join(str(e).split())[:120]}")
-                for one in modules:
-                    one._compiled_call_impl = None
-                return module(*inputs)
-
-        module._compiled_call_impl = call
-
+    modules = [module for module in modules if module is not None]
     for module in modules:
-        in_place(module)
+        module.compile(dynamic=False, **options)
+        module._compiled_call_impl = functools.partial(call_compiled, module._compiled_call_impl, module, modules, [])
     return "compiled"
+
+
+def call_compiled(compiled, module, modules, called, *inputs):
+    try:
+        with torch.compiler.set_stance("eager_on_recompile" if called else "default"):
+            result = compiled(*inputs)
+        called[:] = [True]
+        return result
+    except Exception as e:  # a compiler can raise anything
+        print_once(f"goes on without torch.compile, which failed: {' '.join(str(e).split())[:120]}")
+        for one in modules:
+            one._compiled_call_impl = None
+        return module(*inputs)
 
 
 def keep_freed_memory():
@@ -967,8 +959,7 @@ def launch(main):
             line = ("the GPU's memory is too small: use a larger --accumulate, --checkpointing where one clip alone "
                     f"does not fit, or a smaller --batch-size ({line[:100]})")
         elif line.startswith("DataLoader worker"):
-            line += (". Memory may have run out: use fewer --workers, or give a container more of /dev/shm, and go on "
-                     "with --resume")
+            line += ". Memory may have run out: use fewer --workers, a larger /dev/shm, and go on with --resume"
         elif WORLD > 1 and (isinstance(e, torch.distributed.DistError) or "gloo" in line):
             line = f"lost the other ranks; the one that ended first says why ({line[-150:]})"
         elif not (isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))):

@@ -18,6 +18,7 @@ they are taken as w. The motion is drawn without guidance: the release guides th
 
 import argparse
 import concurrent.futures
+import functools
 import os
 from types import SimpleNamespace
 
@@ -74,11 +75,10 @@ class Sampler:
         return SimpleNamespace(model=model, text=text_encoder, shape=shape, diffusion=diffusion.to(self.device))
 
     def compile(self, preset):
-        """Compiles what draws and decodes. CUDA graphs write each result over the one before: draw() copies it."""
-        models = [stage.model for stage in (self.content, self.motion) if stage]
-        data.compile_modules(self.args, preset, self.device, *models, mode="reduce-overhead")
-        decoders = self.autoencoder.decoder, self.image and self.image.decoder
-        return data.compile_modules(self.args, preset, self.device, *decoders)
+        """Compiles what draws, with CUDA graphs, which write each result over the one before, and what decodes."""
+        compiled = functools.partial(data.compile_modules, self.args, preset, self.device)
+        compiled(*(stage.model for stage in (self.content, self.motion) if stage), mode="reduce-overhead")
+        return compiled(self.autoencoder.decoder, self.image and self.image.decoder)
 
     def draw_content(self, wishes, numbers):
         """Content frames (B, C, H, W) for a batch of labels or prompts. numbers: the clips', which seed their noise."""
