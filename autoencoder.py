@@ -96,8 +96,10 @@ def attention_in_parts(q, k, v, axis, heads=65_535, buffer=2**31 - 1):
     kernels: 65,535 heads, and a buffer of 2**31 values with N and d rounded up to multiples of 128 and 32."""
     others, N, d = q.shape[1 - axis], -(-q.shape[2] // 128) * 128, -(-q.shape[3] // 32) * 32
     most = max(1, min(heads, buffer // (others * N * d)))
-    parts = [F.scaled_dot_product_attention(*part) for part in zip(*(x.split(most, axis) for x in (q, k, v)))]
-    return torch.cat(parts, axis) if len(parts) > 1 else parts[0]
+    if q.shape[axis] <= most:  # split() would copy all in the backward pass
+        return F.scaled_dot_product_attention(q, k, v)
+    parts = zip(*(x.split(most, axis) for x in (q, k, v)))
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], axis)
 
 
 class Block(nn.Module):
@@ -219,7 +221,7 @@ class Autoencoder(nn.Module):
         v = self.embed_content(self.patches(content))[:, None]  # (B, 1, H', W', C')
         v = v + self.embed_rows(z_x)[:, :, :, None] + self.embed_columns(z_y)[:, :, None]  # (B, L, H', W', C')
         video = self.unpatches(self.to_frames(self.decoder(v)))  # Equation 6
-        return 2 * video.sigmoid() - 1 if self.squash else video
+        return 2 * video.float().sigmoid() - 1 if self.squash else video
 
     def forward(self, video, noise=None):
         """The reconstruction of a clip (B, C, L, H, W). noise: added to the motion latent, for training."""
@@ -457,7 +459,7 @@ def main():
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     compiled = data.compile_modules(args, args.preset, device, model.encoder, model.decoder, image and image.encoder)
-    reconstruct = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    reconstruct = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
 
     # Data
     dataset, indices, test_set, test = data.open_dataset(args.data, args.frames, args.size, args.stride, args.split,

@@ -272,7 +272,8 @@ class DiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, x, t, labels):
-        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, width)
+        # Contiguous, or every norm below would copy its input. (B, N, width)
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
         c = timestep_embedding(t, 256).to(self.final_layer.linear.weight.dtype)
         c = self.t_embedder.mlp(c) + self.y_embedder.embedding_table(labels)  # (B, width)
         for block in self.blocks:
@@ -410,7 +411,7 @@ def main():
         optimizer.load_state_dict(saved["optimizer"])
     diffusion = Diffusion(args.schedule, args.predict).to(device)
     compiled = data.compile_modules(args, args.preset, device, model)
-    predict = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    predict = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
 
     def condition_of(batch, dropped):
         """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""

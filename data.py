@@ -689,10 +689,11 @@ def batches(dataset, indices, batch_size, seed=0, step=0, workers=0):
 
 def load(dataset, keys, workers):
     """Iterates over the batches of an iterable of lists of keys; videos in them are for `to_floats`, on the device.
-    workers: processes, at most one for each core."""
+    workers: processes on each rank, on a machine in all at most one for each core."""
     dataset = copy.copy(dataset)
     dataset.raw = True
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's number of ranks on this machine
     loader = iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=min(workers, cores), collate_fn=collate,
         worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available()))

@@ -21,6 +21,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import statistics
 import sys
@@ -38,6 +39,8 @@ from einops import rearrange
 from macs import macs, sampling_macs
 from PIL import ImageOps
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -279,6 +282,48 @@ def training_step(stage, model, call, inputs, version):
         optimizer.zero_grad()
 
     return step
+
+
+def packed(flex, heads, frames):
+    """A function that attends as F.scaled_dot_product_attention does on q, k, v (B, N*heads, L, d), but by flex
+    attention: all places of a head lie in one long sequence, in which each attends to its own frames."""
+    def attend(q, k, v):
+        q, k, v = (rearrange(x, "b (n h) l d -> b h (n l) d", h=heads).contiguous() for x in (q, k, v))
+        if q.shape[2] not in masks:
+            masks[q.shape[2]] = create_block_mask(
+                lambda b, h, i, j: i // frames == j // frames, None, None, q.shape[2], q.shape[2], device=str(q.device))
+        return rearrange(flex(q, k, v, block_mask=masks[q.shape[2]]), "b h (n l) d -> b (n h) l d", l=frames)
+
+    masks = {}
+    return attend
+
+
+def bench_time_attention(device, preset, batch):
+    """Prints milliseconds of attention over time, forward and backward, in each way that this machine has."""
+    p = autoencoder.PRESETS[preset]
+    N = math.prod(pixels_of(preset, None)) // (p["patch"] * (8 if preset in UNETS else 1)) ** 2
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # (B, N*heads, L, d) as in autoencoder.Attention
+    qkv = [torch.randn(batch, p["frames"], N * p["heads"], p["width"] // p["heads"], device=device, dtype=dtype)
+           .transpose(1, 2).requires_grad_() for _ in range(3)]
+
+    def by(backend, q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    ways = dict(ours=lambda q, k, v: autoencoder.attention_in_parts(q, k, v, axis=1), formula=formula)
+    if device.type == "cuda":
+        ways |= {name: functools.partial(by, getattr(SDPBackend, f"{name.upper()}_ATTENTION"))
+                 for name in ("flash", "efficient", "cudnn")}
+        ways["flex"] = packed(torch.compile(flex_attention), p["heads"], p["frames"])
+    line = []
+    for name, way in ways.items():
+        try:
+            seconds = [timed(lambda: way(*qkv).sum().backward())[1] for _ in range(6)]
+            line.append(f"{name} {1e3 * min(seconds):.1f}")
+        except Exception as e:  # a kernel that does not take these shapes
+            line.append(f"{name} none ({type(e).__name__})")
+    print(f"attention over time, ms of one layer, {batch} clip{'s' * (batch > 1)}: {', '.join(line)}")
 
 
 def encoding_step(model, image, video):
@@ -697,6 +742,8 @@ def main():
     for stage in (stage for stage in STAGES if stage in wanted):
         batches = [args.batch_size or (8 if args.preset == "shapes" else 1)] + [8] * (report and stage == "content")
         mfu[stage] = max(bench_training(args, stage, args.preset, batch, size) or 0 for batch in batches)
+    if "autoencoder" in wanted:
+        bench_time_attention(args.device, args.preset, args.batch_size or 1)
     if "sampling" in wanted:
         print("\n" + SAMPLING_COLUMNS + ("  ratio" if args.against else ""))
         versions = ["ours"] + ["compiled"] * args.compile
