@@ -625,7 +625,7 @@ class EncodedClips(torch.utils.data.Dataset):
         self.run_dir, self.classes, self.fingerprint = run_dir, state["classes"], state["fingerprint"]
         self.motion_mean, self.motion_std = state["model"]["motion_mean"], state["model"]["motion_std"]  # (D, 1, 1)
         self.starts = np.cumsum([0, *state["encodings"]])  # state["encodings"]: the number of clips in each shard
-        for number, count in enumerate([*state["encodings"], None]):  # the last is the test clips'
+        for number, count in enumerate([*state["encodings"], None]):  # the last one holds the test clips
             shard, captions, settings = open_shard(run_dir, number, check=len(self) < 10_000)
             if (settings["fingerprint"], len(captions)) != (self.fingerprint, count or len(captions)):
                 raise InputError(f"the encodings in {run_dir} were made by another autoencoder than its autoencoder.pt"

@@ -344,8 +344,8 @@ def warn(args, text):
 
 
 def for_each_video(videos, read, score, args, label, several=False):
-    """Returns a row for each video, or for --num of them in random order, without those that cannot be read. several:
-    where --num is more than the videos, further clips of them are read.
+    """Returns a row for each video, or for --num of them in random order, without those that cannot be read; where
+    `several` and --num is larger than the number of videos, --num rows, of several clips of them.
 
     read(stem, number) -> anything, or BadVideo; score([what read returned]) -> rows. Batches are formed before they are
     dealt out to the ranks, so that each call of the network is the same on any number of ranks. All ranks return all
@@ -411,9 +411,8 @@ def fvd_line(real, fake, args):
     if real.num != fake.num:
         warn(args, f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both, see --num")
     height, width = meta["size"]
-    clips = "one random clip of each video"
-    if real.num > real.meta["videos"]:
-        clips = f"several random clips of each of {real.meta['videos']} real videos"
+    clips = (f"several random clips of each of {real.meta['videos']} real videos" if real.num > real.meta["videos"]
+             else "one random clip of each video")
     return (f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake videos | {meta['frames']} frames, "
             f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']}; codecs: real {real.meta['codec']}, fake "
             f"{meta['codec']} | {KINDS[meta['kind']][0]}, {meta['name']}: {features} numbers before the softmax; "

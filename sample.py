@@ -143,8 +143,8 @@ def flags():
     add("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
     add("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
     add("--predict-motion", action="store_true", help="real content frames, generated motion (table 4a)")
-    add("--data", help="all real clips of this data set for the two above (default: the test clips of stage 1's)")
-    add("--split", help="list of the videos of --data, or of stage 1's data, to use, such as trainlist01.txt")
+    add("--data", help="real clips for the two above, from all of this data set (default: stage 1's test clips)")
+    add("--split", help="the same, from all that this list names of --data or of stage 1's, such as trainlist01.txt")
     add("--captions", help="CSV whose paths start from --data")
     add = parser.add_argument_group("how to draw it").add_argument
     add("--steps", type="count", default=50, help="sampling steps of the content frame, at most 1000")
@@ -177,8 +177,7 @@ def check_flags(args):
     if max(args.steps, args.motion_steps) > 1000:
         raise InputError("--steps and --motion-steps are at most 1000, the number of noise levels in training")
     real = args.reconstruct or args.predict_motion
-    wrong = ("label", "prompt", "prompts", "image", "same_content") if real else ("data", "split", "captions")
-    for name in wrong:
+    for name in ("label", "prompt", "prompts", "image", "same_content") if real else ("data", "split", "captions"):
         if getattr(args, name):
             raise InputError(f"--{name.replace('_', '-')} does not go with "
                              f"{'real clips' if real else 'generated clips'}: drop it")
