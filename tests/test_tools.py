@@ -89,7 +89,7 @@ def test_the_ablations_go_on_where_they_stopped_and_show_no_difference_that_the_
     commands, folder = [], tmp_path / "out"
     monkeypatch.setattr(ablations, "run_script", run)
     monkeypatch.setattr(ablations, "SAMPLES", {name: ablations.SAMPLES[name] for name in (
-        "real", "reconstruction", "mean", "frames24")})
+        "real", "reconstruction", "frames24")})
     monkeypatch.setattr(sys, "argv", ["ablations.py", str(folder), "--seeds", "1", "--num", "24", "--tiny"])
     with pytest.raises(KeyboardInterrupt):
         ablations.main()
@@ -97,12 +97,14 @@ def test_the_ablations_go_on_where_they_stopped_and_show_no_difference_that_the_
     assert set(done) == {(0, "real"), (0, "reconstruction")} and len(commands) == 5
     ablations.main()
     assert [words[0] for words in commands[:3]] == ["autoencoder.py", "content_diffusion.py", "motion_diffusion.py"]
-    assert commands[4] == commands[5] and len(commands) == 9 and "--resume" in commands[4]
+    assert commands[4] == commands[5] and len(commands) == 7 and "--resume" in commands[4]
     again = ablations.read_scores(f"{folder}/scores.csv")
-    assert len(again) == 4 and all(again[key] == done[key] for key in done)
-    clips, originals = (judge.read_folder(f"{folder}/seed0/samples/mean/{part}")[0] for part in ("fake", "real"))
-    assert again[0, "mean"]["PSNR"] == pytest.approx(psnr(clips, originals), abs=1e-3)
-    assert "motion" not in again[0, "frames24"] and again[0, "real"]["distance"] < again[0, "mean"]["distance"]
+    assert len(again) == 3 and all(again[key] == done[key] for key in done)
+    samples = f"{folder}/seed0/samples/frames24"
+    clips, originals = (judge.read_folder(f"{samples}/{part}", 24)[0] for part in ("fake", "real"))
+    assert again[0, "frames24"]["PSNR"] == pytest.approx(psnr(clips, originals), abs=1e-3)
+    assert "motion" not in again[0, "frames24"]
+    assert again[0, "real"]["distance"] < again[0, "reconstruction"]["distance"]
     # Verdicts: over three seeds, the difference of the means against the two deviations together
     scores = {(seed, name): {"distance": mean + spread * (seed - 1)} for seed in range(3) for name, mean, spread in (
         ("first", 1.0, 0.1), ("same", 1.15, 0.1), ("worse", 1.25, 0.1), ("better", 0.5, 0.2))}
@@ -112,5 +114,5 @@ def test_the_ablations_go_on_where_they_stopped_and_show_no_difference_that_the_
     one = {key: value for key, value in scores.items() if key[0] == 0}
     assert ablations.verdict(one, "better", "first", "distance") == "one seed: not shown"
     ablations.write_table(f"{folder}/table.md", again, 24)
-    assert "| mean of the frames | " in (folder / "table.md").read_text()
+    assert "| L = 24 | " in (folder / "table.md").read_text()
     assert (folder / "ablations.png").stat().st_size > 1000

@@ -17,6 +17,7 @@ and, without one:
 """
 
 import csv
+import glob
 import os
 import shutil
 import subprocess
@@ -211,9 +212,12 @@ def verdict(scores, name, first, measure):
 
 
 def write_table(path, scores, num):
-    seeds = len({seed for seed, _ in scores})
-    lines = [f"{seeds} seeds, {num} clips each; mean and standard deviation over the seeds. `not shown`: the "
-             "difference from the table's first row is not more than the two deviations together.", ""]
+    seeds, hours = len({seed for seed, _ in scores}), 0
+    for done in glob.glob(f"{os.path.dirname(path)}/seed*/**/*.done", recursive=True):
+        with open(done) as file:
+            hours += int(file.read()) / 3600
+    lines = [f"{seeds} seeds, {num} clips each, {hours:.1f} hours; mean and standard deviation over the seeds. `not "
+             "shown`: the difference from the table's first row is not more than the two deviations together.", ""]
     for table, rows in TABLES.items():
         lines += [f"**{table}**", "", "| | distance | | PSNR, dB | | motion right | variety | the paper |",
                   "|---|---|---|---|---|---|---|---|"]
