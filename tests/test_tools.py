@@ -4,12 +4,14 @@ import re
 import sys
 
 import ablations
+import draw
 import judge
 import numpy as np
 import pytest
 import test_fvd
 import torch
 import variations
+from PIL import Image
 
 import fvd
 from autoencoder import psnr
@@ -116,3 +118,15 @@ def test_the_ablations_go_on_where_they_stopped_and_show_no_difference_that_the_
     ablations.write_table(f"{folder}/table.md", again, 24)
     assert "| L = 24 | " in (folder / "table.md").read_text()
     assert (folder / "ablations.png").stat().st_size > 1000
+
+
+def test_the_loss_picture_shows_the_losses_of_test_clips_where_a_run_logged_them(tmp_path, monkeypatch):
+    red = []
+    monkeypatch.setattr(draw, "ASSETS", str(tmp_path))
+    for row in ("1,0.5,\n2,0.2,\n", "1,0.5,\n2,0.2,0.3\n"):
+        for stage in ("autoencoder", "content", "motion"):
+            (tmp_path / f"{stage}.csv").write_text("step,loss,test_loss\n" + row)
+        draw.losses(str(tmp_path))
+        with Image.open(tmp_path / "losses.png") as picture:
+            red.append((np.asarray(picture.convert("RGB")) == draw.RED).all(2).sum())
+    assert red[0] == 0 and red[1] > 3 * 30  # three dots and their legend

@@ -99,7 +99,7 @@ def losses(run_dir):
         points, test = (np.array([(float(row["step"]), float(row[name])) for row in rows if row.get(name)])
                         for name in ("loss", "test_loss"))
         left, top, width, height = 60 + k * 390, 44, 310, 190
-        low, high = (np.log10(edge) for edge in (min(points[:, 1].min(), *(loss for _, loss in test)) * 0.9,
+        low, high = (np.log10(edge) for edge in (min([points[:, 1].min(), *(loss for _, loss in test)]) * 0.9,
                                                  points[:, 1].max() * 1.1))
 
         def place(points):
