@@ -42,10 +42,12 @@ from data import InputError
 def norm(function, x, over, weight, bias, eps):
     """F.layer_norm or F.group_norm, under autocast in its dtype: torch would compute in float32, which takes twice the
     memory and is hardly more exact, since the kernels sum in float32 anyway."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (part if part is None else part.to(dtype) for part in (x, weight, bias))
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return function(x, over, weight, bias, eps)
+    dtype = torch.get_autocast_dtype(device)
+    x, weight, bias = (part if part is None else part.to(dtype) for part in (x, weight, bias))
+    with torch.autocast(device, enabled=False):
         return function(x, over, weight, bias, eps)
 
 
