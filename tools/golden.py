@@ -29,7 +29,7 @@ import content_diffusion  # noqa: E402
 import data  # noqa: E402
 
 STEPS = "--steps 20 --batch-size 4 --log-every 5 --save-every 10 --preview-every 20"
-SAMPLE = "sample.py --steps 4 --motion-steps 4 --batch-size 2 --guidance 2 --motion-guidance 1.5"
+SAMPLE = "sample.py --steps 4 --motion-steps 4 --batch-size 2 --guidance 2 --motion-guidance 1.5 --fps 8"
 SMALL = "--width 16 --heads 2 --depth 1"
 COMMANDS = [
     f"autoencoder.py {STEPS} --clips 64 --run-dir shapes",
