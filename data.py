@@ -776,7 +776,7 @@ def check_zip(path, checksums=True):
     this, and both store without compression."""
     with zipfile.ZipFile(path) as file:
         if sum(member.file_size for member in file.infolist()) > os.path.getsize(path) or checksums and file.testzip():
-            raise ValueError("damaged zip file")
+            raise ValueError("a damaged zip file, or a compressed one, as TorchScript is")
 
 
 def load_checkpoint(path, stage):
@@ -915,6 +915,8 @@ def compile_modules(args, preset, device, *modules, **options):
     if not (default if args.compile is None else args.compile):
         return "not compiled"
     modules = [module for module in modules if module is not None]
+    with contextlib.suppress(AttributeError):  # torch 2.6 has no such flag
+        torch._functorch.config.force_non_lazy_backward_lowering = True  # so that a failure is met in the first call
     for module in modules:
         module.compile(dynamic=False, **options)
         module._compiled_call_impl = functools.partial(call_compiled, module._compiled_call_impl, module, modules, [])

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import bench
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from macs import count_macs, macs, sampling_macs
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -243,7 +245,8 @@ def test_a_compiled_model_is_not_compiled_again_for_a_smaller_batch():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_where_compiling_fails_the_models_go_on_as_they_are_with_one_line(capsys):
+@pytest.mark.parametrize("of", ["all", "the backward pass"])
+def test_where_compiling_fails_the_models_go_on_as_they_are_with_one_line(capsys, of):
     model, inputs = small("content")
     other = torch.nn.Linear(3, 3)
     expected = model(*inputs)
@@ -252,9 +255,13 @@ def test_where_compiling_fails_the_models_go_on_as_they_are_with_one_line(capsys
     def broken(graph, _):
         raise OSError("no compiler\nhere")
 
-    data.compile_modules(COMPILE, "ucf101", torch.device("cpu"), model, other, backend=broken)
+    backend = broken if of == "all" else aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=broken)
+    data.compile_modules(COMPILE, "ucf101", torch.device("cpu"), model, other, backend=backend)
     for _ in range(3):
-        assert torch.equal(model(*inputs), expected) and other(torch.zeros(3)).shape == (3,)
+        output = model(*inputs)
+        output.sum().backward()
+        assert torch.equal(output, expected) and other(torch.zeros(3)).shape == (3,)
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("goes on without torch.compile, which failed: ") and "no compiler here" in line
 

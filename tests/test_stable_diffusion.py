@@ -513,7 +513,7 @@ def test_torchscript_is_refused(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "x.pt")
-    refused(tmp_path / "x.pt", "torchscript checkpoint")
+    refused(tmp_path / "x.pt", "compressed one, as TorchScript is")
 
 
 def broken_files(folder):

@@ -771,16 +771,15 @@ def test_a_file_that_is_no_checkpoint_or_of_another_stage_says_so(copy, tmp_path
 
 def test_another_preset_or_model_than_the_checkpoints_is_an_error(processes, copy):
     run = copy("run", "autoencoder", "content", "motion")
-    starts = {
-        processes.start("autoencoder", run, "--resume --preset ucf101"): "was trained with --preset shapes, not ucf101",
-        processes.start("motion", run, "--resume --preset ucf101"): "was trained with --preset shapes, not ucf101",
-        processes.start("autoencoder", run, "--resume --width 32"): "was trained with --width 16, not 32: drop that",
-        processes.start("content", run, "--resume --model S"): "was trained with --model mini, not S: drop that flag",
-        processes.start("motion", run, "--resume --content-patch 4"): "was trained with --content-patch 8, not 4",
-        processes.start("content", run, "--resume --predict eps"): "was trained with --predict x, not eps: drop that",
-        processes.start("content", run): "content.pt exists: --resume goes on with it, another --run-dir starts a new",
-    }
-    for (status, output), message in zip(processes.finish(*starts), starts.values()):
+    for stage, flags, message in (
+            ("autoencoder", "--resume --preset ucf101", "was trained with --preset shapes, not ucf101"),
+            ("motion", "--resume --preset ucf101", "was trained with --preset shapes, not ucf101"),
+            ("autoencoder", "--resume --width 32", "was trained with --width 16, not 32: drop that"),
+            ("content", "--resume --model S", "was trained with --model mini, not S: drop that flag"),
+            ("motion", "--resume --content-patch 4", "was trained with --content-patch 8, not 4"),
+            ("content", "--resume --predict eps", "was trained with --predict x, not eps: drop that"),
+            ("content", "", "content.pt exists: --resume goes on with it, another --run-dir starts a new")):
+        [(status, output)] = processes.finish(processes.start(stage, run, flags))
         assert status == 1 and len(lines_of(output)) == 1 and message in output, output
 
 

@@ -216,7 +216,7 @@ def test_the_claim_goes_on_where_it_was_stopped_and_is_drawn(monkeypatch, tmp_pa
         done.append([script, *map(str, arguments)])
 
     scores = dict(colour=1.0, shape=0.9, motion=0.8, all=0.7)
-    for name, stand_in in (("call", call), ("train_reader", lambda: "reader"), ("read_folder", lambda folder: ((), ())),
+    for name, stand_in in (("call", call), ("train_reader", lambda: "reader"), ("read_clips", lambda folder: ((), ())),
                            ("score_prompts", lambda *_: scores), ("ASSETS", str(tmp_path))):
         monkeypatch.setattr(claim, name, stand_in)
     folders = [str(tmp_path), "--folder", str(tmp_path)]
