@@ -461,7 +461,9 @@ def main():
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     compiled = data.compile_modules(args, args.preset, device, model.encoder, model.decoder, image and image.encoder)
-    reconstruct = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
+    reconstruct = model
+    if world > 1:
+        reconstruct = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # Data
     dataset, indices, test_set, test = data.open_dataset(args.data, args.frames, args.size, args.stride, args.split,

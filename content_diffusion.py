@@ -411,7 +411,9 @@ def main():
         optimizer.load_state_dict(saved["optimizer"])
     diffusion = Diffusion(args.schedule, args.predict).to(device)
     compiled = data.compile_modules(args, args.preset, device, model)
-    predict = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
+    predict = model
+    if world > 1:
+        predict = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def condition_of(batch, dropped):
         """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""

@@ -1,5 +1,5 @@
-"""Proves that the README and RECIPES.md are true where a machine can tell: every script, file, function and flag that
-they name exists, in the docstrings' commands too, and every command of their ```bash blocks runs, at tiny sizes, and
+"""Proves that README.md, RECIPES.md and docs/ are true where a machine can tell: every script, file, function and flag
+that they name exists, in the docstrings' commands too, and every command of their ```bash blocks runs, at tiny sizes, and
 leaves what it promises.
 
 The commands build on each other as they do for a reader who pastes them from the top, in one folder, two at a time. A
@@ -75,6 +75,7 @@ NOT_RUN = {  # how a command begins: why it is not run here
     "pip install": "CI does, with these same lines, before it comes here",
     "ruff check": "CI does, in this same line",
     "python -m pytest": "that is what is running",
+    "python sample.py --out clips": "test_scripts.py draws from the models that come with the code",
     "mkdir": "what follows it makes the folder",
     "python tools/bench.py": "minutes; test_speed.py runs its parts",
     "python tools/judge.py": "two minutes, and it judges clips of full size only",
@@ -231,7 +232,8 @@ def docstring_commands(script):
     return commands("\n".join(re.split(r"\s{3,}", line.strip())[0] for line in lines))  # what stands behind is a remark
 
 
-TEXT = read("README.md") + read("RECIPES.md")
+TEXT = "\n".join(read(name).replace("](../", "](") for name in (
+    "README.md", "RECIPES.md", *sorted(f"docs/{name}" for name in os.listdir(os.path.join(ROOT, "docs")))))
 README = [Command(list(words)) for words in dict.fromkeys(tuple(c.words) for c in commands(code_blocks(TEXT)))]
 
 
@@ -316,9 +318,7 @@ def test_every_file_name_and_flag_in_the_readme_s_prose_exists():
 def test_the_pictures_are_small_and_there():
     for path in glob.glob(os.path.join(ROOT, "assets", "*.gif")) + glob.glob(os.path.join(ROOT, "assets", "*.png")):
         assert os.path.getsize(path) < 1_000_000, path
-    for name in ("samples.gif", "idea.png", "losses.png"):
-        assert os.path.exists(os.path.join(ROOT, "assets", name)), name
-        assert f"assets/{name}" in read("README.md")
+        assert f"assets/{os.path.basename(path)}" in TEXT
 
 
 # ---------------------------------------------------------------------------------------------------------------------

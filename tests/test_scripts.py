@@ -89,6 +89,18 @@ def clips_in(folder):
                      for name in sorted(os.listdir(folder)) if name.endswith(".mp4")])
 
 
+def test_clips_come_from_the_models_beside_the_code_until_ones_own_are_trained(tmp_path, script, shapes_run):
+    few = "-n", 12, "--steps", 4, "--motion-steps", 4
+    done = script("sample.py", *few, "--out", "clips", folder=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "clips" / "samples.gif").exists(), done.stderr
+    clip = read_clip(tmp_path / "clips" / "00000.mp4", 16).astype(float)
+    assert abs(clip[-1] - clip[0]).max() > 60  # something moves
+    os.makedirs(tmp_path / "runs")
+    os.symlink(shapes_run, tmp_path / "runs" / "shapes")
+    done = script("sample.py", "-n", 1, "--steps", 2, "--motion-steps", 2, folder=tmp_path)
+    assert done.returncode == 0 and "in runs/shapes/samples" in done.stdout, done.stderr
+
+
 def test_a_seed_gives_the_same_clips_whatever_the_batch_size(script, shapes_run, tmp_path):
     for out, size, seed in (("a", 3, 0), ("b", 1, 0), ("c", 3, 1)):
         done = script("sample.py", "--run-dir", shapes_run, "--num", 3, "--steps", 3, "--motion-steps", 3,

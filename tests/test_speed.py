@@ -268,7 +268,8 @@ def test_where_compiling_fails_the_models_go_on_as_they_are_with_one_line(capsys
 
 @pytest.mark.parametrize("flag, preset, device, triton, expected", [
     (None, "ucf101", "cuda", True, True), (None, "shapes", "cuda", True, False), (None, "ucf101", "cpu", True, False),
-    (None, "ucf101", "cuda", False, False), (False, "ucf101", "cuda", True, False), (True, "shapes", "cpu", False, True)])
+    (None, "ucf101", "cuda", False, False), (False, "ucf101", "cuda", True, False),
+    (True, "shapes", "cpu", False, True), (None, "shapes_text", "cuda", True, False)])
 def test_compiling_is_the_default_on_a_gpu_at_the_papers_sizes(monkeypatch, flag, preset, device, triton, expected):
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: "found" if triton and name == "triton" else None)
     says = data.compile_modules(SimpleNamespace(compile=flag), preset, torch.device(device))

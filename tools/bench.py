@@ -614,7 +614,7 @@ def activation_bytes(stage, preset, batch, size=None, checkpointing=False):
 
 
 def state_bytes(stage, preset, size=None):
-    """Bytes of weights, gradients, Adam's two moments and (stages 2 and 3) the average, and of frozen models in half."""
+    """Bytes of weights, gradients, Adam's two moments and (stages 2, 3) the average, and of frozen models in half."""
     with torch.device("meta"):
         count = sum(p.numel() for p in make_model(stage, preset, size).parameters())
         frozen = []
@@ -634,7 +634,8 @@ def print_memory(presets, stages, batch=None, size=None):
         clips = batch or max(1, module.PRESETS[preset]["batch_size"] // 8)
         states = state_bytes(stage, preset, size)
         for checkpointing in (False, True):
-            some, twice = (np.array(activation_bytes(stage, preset, n, size, checkpointing)) for n in (clips, 2 * clips))
+            some, twice = (np.array(activation_bytes(stage, preset, n, size, checkpointing))
+                           for n in (clips, 2 * clips))
             each, fixed = (twice[1] - some[1]) / clips, 2 * some[1] - twice[1]
             saved, peak = some / 2**30
             fits = [max(0, int((0.9 * card * 1e9 - states - fixed) // each)) for card in (24, 48, 80)]
