@@ -7,10 +7,10 @@ precision, the averaged ones of stages 2 and 3.
 import os
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEPT = ("stage", "step", "args", "config", "classes", "fps", "shape", "fingerprint", "encodings", "image_autoencoder",
         "text_encoder")
 
