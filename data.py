@@ -961,8 +961,9 @@ def launch(main):
         elif isinstance(e, torch.OutOfMemoryError):
             line = ("the GPU's memory is too small: use a larger --accumulate, --checkpointing where one clip alone "
                     f"does not fit, or a smaller --batch-size ({line[:100]})")
-        elif line.startswith("DataLoader worker"):
-            line += ". Memory may have run out: use fewer --workers, a larger /dev/shm, and go on with --resume"
+        elif line.startswith("DataLoader worker") or "shared memory(shm)" in line:
+            line = line.split("RuntimeError: ")[-1] + (
+                ". Memory may have run out: use fewer --workers, a larger /dev/shm, and go on with --resume")
         elif WORLD > 1 and (isinstance(e, torch.distributed.DistError) or "gloo" in line):
             line = f"lost the other ranks; the one that ended first says why ({line[-150:]})"
         elif not (isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))):

@@ -11,6 +11,7 @@ from functorch.compile import make_boxed_func
 from macs import count_macs, macs, sampling_macs
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 import data
@@ -108,6 +109,26 @@ def test_attention_in_parts_is_attention(axis, heads, scratch, calls):
     seen = counts(lambda: results.append(attention_in_parts(q, k, v, axis, heads, scratch)))
     assert torch.allclose(results[0], torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-6)
     assert seen["aten::scaled_dot_product_attention"] == calls
+
+
+def test_one_part_of_attention_is_not_copied():
+    """Neither in the backward pass, as split() of one part would be."""
+    q, k, v = (torch.randn(4, 6, 10, 8, requires_grad=True) for _ in range(3))
+    assert "aten::cat" not in counts(lambda: attention_in_parts(q, k, v, 1).sum().backward())
+
+
+def test_all_places_in_one_sequence_attend_as_each_alone():
+    q, k, v = torch.randn(3, 2, 5 * 4, 6, 8)  # 5 places, 4 heads, 6 frames
+    packed = bench.packed(flex_attention, 4, 6)(q, k, v)
+    assert torch.allclose(packed, torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-5)
+
+
+def test_the_dit_keeps_its_tokens_in_order_so_that_norms_copy_nothing():
+    model, inputs = small("content")
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    model(*inputs)
+    assert seen == [True]
 
 
 def test_nothing_is_read_back_between_steps():
@@ -241,8 +262,25 @@ def test_a_compiled_model_is_not_compiled_again_for_a_smaller_batch():
     for n in (2, 1, 2, 1):
         ran = counts(lambda: graphs.append(model(x[:n], t[:n], labels[:n])))
         assert torch.allclose(graphs[-1], expected[:n], atol=1e-5)
-        assert any("CompiledFxGraph" in name for name in ran) == (n == 2)
+        assert any("Torch-Compiled Region" in name for name in ran) == (n == 2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "content", "motion"])
+def test_every_step_of_training_runs_what_the_first_one_compiled(stage):
+    model, inputs = small(stage)
+    ran = []
+
+    def backend(graph, _):
+        return lambda *inputs: ran.append(graph) or graph(*inputs)
+
+    torch._dynamo.reset()
+    parts = [model.encoder, model.decoder] if stage == "autoencoder" else [model]
+    data.compile_modules(COMPILE, "ucf101", torch.device("cpu"), *parts, backend=backend)
+    step = bench.training_step(stage, model, model, inputs, "bfloat16")
+    for _ in range(3):
+        step()
+    assert len(ran) == 3 * len(parts) and len(set(ran)) == 1  # of one kind, encoder and decoder share what is compiled
 
 
 @pytest.mark.parametrize("of", ["all", "the backward pass"])

@@ -873,6 +873,21 @@ def test_a_gpu_without_enough_memory_is_one_line_that_says_what_to_do():
         data.launch(fill)
 
 
+def test_a_small_dev_shm_is_one_line_that_names_it(tmp_path):
+    """As a container has it by default: 64 MB; here 1 MB."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    data.write_video(str(folder / "one.mp4"), torch.zeros(3, 16, 256, 256), 8)
+    command = (f"mount -t tmpfs -o size=1m tmpfs /dev/shm && {sys.executable} {ROOT}/autoencoder.py --preset ucf101 "
+               f"--data {folder} --width 16 --heads 2 --depth 1 --size 256 --batch-size 1 --workers 1 --run-dir {folder}")
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs of its own")
+    done = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True)
+    line = lines_of(done.stderr)[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "Memory may have run out: use fewer --workers, a larger /dev/shm" in line, done.stderr
+
+
 @pytest.mark.parametrize("flags, parts", [("--preset webvid_sd21", 2), ("--preset webvid_sd15", 1), ("", 1),
                                           ("--preset webvid_sd21 --accumulate 4", 4)])
 def test_a_preset_that_needs_two_passes_on_eight_gpus_of_80_gb_makes_them(monkeypatch, tmp_path, flags, parts):
