@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import safe_open
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -461,9 +461,7 @@ def main():
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     compiled = data.compile_modules(args, args.preset, device, model.encoder, model.decoder, image and image.encoder)
-    reconstruct = model
-    if world > 1:
-        reconstruct = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    reconstruct = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
 
     # Data
     dataset, indices, test_set, test = data.open_dataset(args.data, args.frames, args.size, args.stride, args.split,

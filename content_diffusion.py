@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -411,9 +411,7 @@ def main():
         optimizer.load_state_dict(saved["optimizer"])
     diffusion = Diffusion(args.schedule, args.predict).to(device)
     compiled = data.compile_modules(args, args.preset, device, model)
-    predict = model
-    if world > 1:
-        predict = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    predict = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
 
     def condition_of(batch, dropped):
         """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""
