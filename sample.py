@@ -132,7 +132,9 @@ GUIDANCE = dict(shapes=2.0, shapes_text=3.0, ucf101=5.0, webvid_sd15=8.5, webvid
 def flags():
     parser = data.Flags(__doc__)
     add = parser.add_argument_group("what to draw").add_argument
-    add("--run-dir", help="run folder (default: runs/shapes; until you train that, the models in pretrained/shapes)")
+    own, shipped = "runs/shapes", os.path.join(os.path.dirname(__file__), "pretrained", "shapes")
+    add("--run-dir", default=own if os.path.exists(f"{own}/autoencoder.pt") else shipped,
+        help="run folder; until runs/shapes is trained, the small models that come with the code")
     add("--label", help="class, by name or number (default: all classes in turn)")
     add("--prompt", help="text to draw")
     add("--prompts", help="file with one prompt a line")
@@ -237,9 +239,6 @@ def new_folder(args, rank, world):
 def main():
     args = flags().parse_args()
     check_flags(args)
-    if args.run_dir is None:
-        trained = os.path.exists("runs/shapes/autoencoder.pt")
-        args.run_dir = "runs/shapes" if trained else os.path.join(os.path.dirname(__file__), "pretrained", "shapes")
     rank, world, device, dtype = data.start(args)
     sampler = Sampler(args, device, dtype)
     for line in sampler.unfinished if rank == 0 else ():

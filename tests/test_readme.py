@@ -488,7 +488,7 @@ def copy_scripts(place):
     """Copies, so that nothing a command writes lands in the repository."""
     for path in glob.glob("*.py", root_dir=ROOT):
         shutil.copy(os.path.join(ROOT, path), place)
-    for folder in ("tools", "assets"):
+    for folder in ("tools", "assets", "pretrained"):
         shutil.copytree(os.path.join(ROOT, folder), os.path.join(place, folder), dirs_exist_ok=True)
 
 
