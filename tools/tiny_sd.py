@@ -4,7 +4,8 @@
 
 The pictures are 32x32: the circles, squares and triangles of data.py in all their colours, and what no video has, a
 star and the colour pink. First the image autoencoder learns them (latents of 4x8x8), then the U-Net and CLIP's text
-encoder together, from noise and captions such as "a red circle". The tokenizer and its table of 49,408 tokens are
+encoder together, from noise and captions such as "a red circle", in the end also "a red circle moving left" for the
+start of its way. The tokenizer and its table of 49,408 tokens are
 CLIP's own; what is small are widths and depths, which the scripts read from the file as they do with the large ones.
 
 It goes on where it was stopped, from --folder. The file's metadata says what made it and how long that took.
@@ -36,15 +37,17 @@ TEXT = dict(width=64, layers=2, heads=1)  # 3.3 M, nearly all of it the table
 FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny-sd.safetensors")
 
 
-def stills(start, count, seed=0):
-    """(pictures (count, 3, 32, 32) in [-1, 1], captions), each picture's from its own random numbers."""
+def stills(start, count, seed=0, motions=False):
+    """(pictures (count, 3, 32, 32) in [-1, 1], captions), each picture's from its own random numbers. motions: half of
+    the captions also say where the shape is moving, which the picture shows in part: it is the start of its way."""
     pictures, captions = [], []
     for i in range(start, start + count):
         rng = np.random.default_rng([seed, i])
         colour, shape = PAIRS[rng.integers(len(PAIRS))]
-        move = list(data.MOVES)[rng.integers(len(data.MOVES))]  # the first frame of a clip that moves there
+        move = list(data.MOVES)[rng.integers(len(data.MOVES))]
         pictures.append(data.draw_clip(rng, shape, COLOURS[colour], move, 1, SIZE)[:, 0])
-        captions.append(f"a{'n' * (colour == 'orange')} {colour} {shape}")
+        moving = f" moving {move}" if motions and rng.random() < 0.5 else ""
+        captions.append(f"a{'n' * (colour == 'orange')} {colour} {shape}{moving}")
     return torch.stack(pictures), captions
 
 
@@ -116,22 +119,34 @@ def train_image(args):
     return model, seconds
 
 
-def train_diffusion(args, image):
-    """(UNet, TextEncoder, seconds)"""
-    pool, diffusion = 16_384, Diffusion("scaled_linear", "eps")
-    images, captions = stills(0, pool, args.seed)
+def train_diffusion(args, image, name, modules, steps, rate, motions):
+    """Trains the U-Net and the text encoder together. (the two, averaged, as a ModuleList; seconds)
+
+    motions: with captions that also name motions, and so that the mean of the text encoder's output over its 77 places,
+    which the motion model reads, tells which words a caption has: CLIP's learnt that from its pictures. A linear layer,
+    which is not kept, names the words in spite of noise."""
+    pool, diffusion, (unet, text) = 16_384, Diffusion("scaled_linear", "eps"), modules
+    images, captions = stills(0, pool, args.seed, motions)
+    words = sorted({word for caption in captions for word in caption.split()})
+    modules = torch.nn.ModuleList([unet, text, torch.nn.Linear(TEXT["width"], len(words))])
     with torch.no_grad():
         latents = torch.cat([image.encode(part, chunk=64) for part in images.split(1024)])
-    unet, text = UNet(**UNET), TextEncoder(**TEXT)
 
     def loss_of(step):
         chosen = torch.randint(pool, (args.batch_size,)).tolist()
-        context = text.encode([captions[i] if torch.rand(1) > 0.1 else "" for i in chosen])
-        x = latents[chosen]
-        return diffusion.loss(lambda x, t: unet(x, t, context), x, torch.randint(1000, (len(x),)), torch.randn_like(x))
+        told = [captions[i] if torch.rand(1) > 0.1 else "" for i in chosen]
+        x, context = latents[chosen], text.encode(told)
+        t, eps = torch.randint(1000, (len(x),)), torch.randn_like(x)
+        loss = diffusion.loss(lambda x, t: unet(x, t, context), x, t, eps)
+        if motions:
+            means = context.mean(1)
+            has = torch.tensor([[word in caption.split() for word in words] for caption in told]).float()
+            loss = loss + 0.2 * F.binary_cross_entropy_with_logits(
+                modules[2](means + 0.3 * torch.randn_like(means)), has)
+        return loss
 
-    (unet, text), seconds = train("diffusion", args, torch.nn.ModuleList([unet, text]), args.steps, 1e-3, loss_of)
-    return unet, text, seconds
+    modules, seconds = train(name, args, modules.train().requires_grad_(True), steps, rate, loss_of)
+    return modules[:2], seconds
 
 
 @torch.no_grad()
@@ -159,18 +174,21 @@ def main():
     add("--folder", default="runs/tiny_sd", help="for checkpoints, and a picture of what the model draws")
     add("--image-steps", type="count", default=2500, help="of the image autoencoder")
     add("--steps", type="count", default=2800, help="of the U-Net and the text encoder")
+    add("--motion-steps", type="count", default=800, help="of the two with captions that also name a motion")
     add("--batch-size", type="count", default=32, help="pictures a step")
     add("--seed", type="whole", default=0, help="random seed")
     args = parser.parse_args()
     os.makedirs(args.folder, exist_ok=True)
     data.start(args)
     image, image_seconds = train_image(args)
-    unet, text, seconds = train_diffusion(args, image)
+    modules = torch.nn.ModuleList([UNet(**UNET), TextEncoder(**TEXT)])
+    modules, more = train_diffusion(args, image, "diffusion", modules, args.steps, 1e-3, False)
+    (unet, text), last = train_diffusion(args, image, "motions", modules, args.motion_steps, 5e-4, True)
     made = (f"python tools/{os.path.basename(__file__)} --image-steps {args.image_steps} --steps {args.steps} "
-            f"--batch-size {args.batch_size} --seed {args.seed}")
+            f"--motion-steps {args.motion_steps} --batch-size {args.batch_size} --seed {args.seed}")
     with data.atomic_write(args.out) as temporary:
         save_file(raw_file(image, unet, text), temporary, dict(
-            made_by=made, minutes=f"{(image_seconds + seconds) / 60:.0f} on {torch.get_num_threads()} core(s)"))
+            made_by=made, minutes=f"{(image_seconds + more + last) / 60:.0f} on {torch.get_num_threads()} core(s)"))
     captions = [f"a{'n' * (colour == 'orange')} {colour} {shape}" for colour, shape in PAIRS]
     pictures = draw(image, unet, text, captions)
     data.write_sheet(f"{args.folder}/pictures.png", list(pictures[:, :, None]), len(SHAPES), captions)
