@@ -107,7 +107,7 @@ def test_unet_equals_diffusers(version, size):
     assert close(ours, theirs)
 
 
-def test_unet_checkpointing_and_compile_change_nothing():
+def test_unet_checkpointing_changes_nothing_and_bfloat16_little():
     unet = randomised(UNet(**UNETS["1.5"])).to(memory_format=torch.channels_last).train()
     x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 77, 64)
     plain = unet(x, t, context)
@@ -119,12 +119,8 @@ def test_unet_checkpointing_and_compile_change_nothing():
     again.square().mean().backward()
     assert torch.allclose(plain, again, atol=1e-6)
     assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(unet.parameters(), gradients))
-    unet.checkpointing = False
-    compiled = torch.compile(unet, backend="eager", fullgraph=True)  # fullgraph: a graph break is an error
-    with torch.no_grad():
-        assert torch.allclose(compiled(x, t, context), plain, atol=1e-5)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert (unet(x, t, context) - plain).abs().max() < 0.1 * plain.abs().max()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert (unet(x, t, context) - plain).abs().max() < 0.1 * plain.abs().max()
 
 
 @pytest.mark.parametrize("sizes", [dict(channels=32), dict(channels=32, multipliers=(1, 2, 2), blocks=1),
