@@ -79,6 +79,7 @@ NOT_RUN = {  # how a command begins: why it is not run here
     "mkdir": "what follows it makes the folder",
     "python tools/bench.py": "minutes; test_speed.py runs its parts",
     "python tools/judge.py": "two minutes, and it judges clips of full size only",
+    "python tools/judge_prompts.py": "two minutes, and it judges clips of full size only",
     "python tools/ablations.py": "hours; test_tools.py runs it at tiny size",
     "python tools/tiny_sd.py": "an hour; test_tiny_sd.py looks at what it wrote",
     "python tools/claim.py": "hours; test_tiny_sd.py runs its parts",
