@@ -1,6 +1,6 @@
 """Proves that README.md, RECIPES.md and docs/ are true where a machine can tell: every script, file, function and flag
-that they name exists, in the docstrings' commands too, and every command of their ```bash blocks runs, at tiny sizes, and
-leaves what it promises.
+that they name exists, in the docstrings' commands too, and every command of their ```bash blocks runs, at tiny sizes,
+and leaves what it promises.
 
 The commands build on each other as they do for a reader who pastes them from the top, in one folder, two at a time. A
 command that no row of the tables below knows fails: name there the flags that make it small, or why it is not run.

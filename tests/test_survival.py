@@ -879,7 +879,8 @@ def test_a_small_dev_shm_is_one_line_that_names_it(tmp_path):
     folder.mkdir()
     data.write_video(str(folder / "one.mp4"), torch.zeros(3, 16, 256, 256), 8)
     command = (f"mount -t tmpfs -o size=1m tmpfs /dev/shm && {sys.executable} {ROOT}/autoencoder.py --preset ucf101 "
-               f"--data {folder} --width 16 --heads 2 --depth 1 --size 256 --batch-size 1 --workers 1 --run-dir {folder}")
+               f"--data {folder} --width 16 --heads 2 --depth 1 --size 256 --batch-size 1 --workers 1 "
+               f"--run-dir {folder}")
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a tmpfs of its own")
     done = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True)

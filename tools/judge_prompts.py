@@ -6,8 +6,8 @@
 
 Two minutes on 2 cores. A classifier, trained on real clips of all colours, shapes and motions, reads all three. For
 each folder it prints the share of clips whose colour, shape, motion and all three are as named (what a prompt does not
-name counts as right), the deviation of colours and places within a prompt, divided by that of real clips, and how often it
-found each.
+name counts as right), the deviation of colours and places within a prompt, divided by that of real clips, and how often
+it found each.
 """
 
 import os
