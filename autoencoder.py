@@ -268,7 +268,7 @@ SHAPES = dict(
 PRESETS = {
     "shapes": SHAPES,
     # The same on latents of 8x8, with captions.
-    "shapes_text": dict(SHAPES, data="shapes_text", sd="tools/tiny-sd.safetensors", channels=4, patch=1),
+    "shapes_text": dict(SHAPES, data="shapes_text", sd=data.TINY_SD, channels=4, patch=1),
     # Plus LPIPS with --lpips, which needs two files. 32 clips a video: stages 2 and 3 see each video 3,000 times.
     "ucf101": dict(PAPER, size=[64], channels=3, loss="l1", clips_per_video=32),
     "webvid_sd15": dict(PAPER, size=[512], channels=4, loss="mse"),
@@ -470,12 +470,12 @@ def main():
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
     parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
-    progress = data.Progress(args, "autoencoder", first, device, saved and saved["progress"])
+    progress, fps = data.Progress(args, "autoencoder", first, device, saved and saved["progress"]), dataset.frame_rate()
 
     def save(step, fingerprint=None, encodings=None):
         data.save_checkpoint(path, dict(
             stage="autoencoder", step=step, args=vars(args), config=config, classes=dataset.classes,
-            fps=dataset.frame_rate(), fingerprint=fingerprint, encodings=encodings, model=model.state_dict(),
+            fps=fps, fingerprint=fingerprint, encodings=encodings, model=model.state_dict(),
             optimizer=optimizer.state_dict(), progress=progress.state(), image_autoencoder=image_weights))
 
     generator, last = torch.Generator(device), first if args.encode else max(first, args.steps)
@@ -790,9 +790,6 @@ def read_checkpoint(path):
     levels around the tensors ('state_dict', 'ema' before 'model' and so on). InputError for any other file.
     """
     path = os.fspath(path)
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
-    if not os.path.exists(path) and os.path.exists(beside):  # the shapes_text preset's, from any working directory
-        path = beside
     if not os.path.isfile(path):
         raise InputError(f"{path} is a folder, not weights" if os.path.isdir(path) else f"{path}: no such file")
     with open(path, "rb") as file:

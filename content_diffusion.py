@@ -298,7 +298,7 @@ PRESETS = {
         ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     "shapes_text": dict(
-        model="sd", sd="tools/tiny-sd.safetensors", predict="eps", schedule="scaled_linear", lr=5e-4, batch_size=16,
+        model="sd", sd=data.TINY_SD, predict="eps", schedule="scaled_linear", lr=5e-4, batch_size=16,
         steps=1500, decay_steps=1500, ema=0.995, drop=0.1, save_every=500, preview_every=500, log_every=50, workers=0,
     ),
     # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
@@ -329,9 +329,10 @@ def flags():
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
-def load_content(run_dir):
-    """(DiT or UNet with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU."""
-    state = data.load_checkpoint(f"{run_dir}/content.pt", "content")
+def load_content(run_dir, state=None):
+    """(DiT or UNet with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU.
+    state: the checkpoint, where it has been read."""
+    state = state or data.load_checkpoint(f"{run_dir}/content.pt", "content")
     diffusion = Diffusion(state["args"]["schedule"], state["args"]["predict"])
     if state["config"]["model"] == "sd":
         return build_unet(state["ema"], "content.pt"), open_text_encoder(**state["text_encoder"]), diffusion, state
@@ -396,7 +397,7 @@ def main():
 
     # Model
     if saved:
-        model, text_encoder, _, _ = load_content(args.run_dir)
+        model, text_encoder, _, _ = load_content(args.run_dir, saved)
         config = saved["config"]
     else:
         config, model, text_encoder = new_model(args, dataset, rank)

@@ -109,9 +109,12 @@ COLOURS = {  # RGB, 0..1
     "red": (0.88, 0.35, 0.30), "orange": (0.90, 0.58, 0.28), "yellow": (0.88, 0.84, 0.35), "green": (0.40, 0.78, 0.40),
     "cyan": (0.38, 0.78, 0.82), "blue": (0.40, 0.55, 0.90), "purple": (0.72, 0.48, 0.90), "white": (0.88, 0.88, 0.88),
 }
-
-
 HELD_OUT = {"red square", "green circle", "blue triangle", "white triangle"}  # in no clip of the captioned shapes
+TINY_SD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "tiny-sd.safetensors")  # knows their words
+
+
+def caption_of(colour, shape, move=None):
+    return f"a{'n' * (colour == 'orange')} {colour} {shape}" + (f" moving {move}" if move else "")
 
 
 class MovingShapes(torch.utils.data.Dataset):
@@ -143,11 +146,9 @@ class MovingShapes(torch.utils.data.Dataset):
         names = [name for name in COLOURS if not self.captioned or f"{name} {shape}" not in HELD_OUT]
         name = names[rng.integers(len(names))]
         video = draw_clip(rng, shape, COLOURS[name], move, self.frames, self.size)
-        caption = f"a{'n' * (name == 'orange')} {name} {shape}"
-        if not self.captioned:
-            return dict(video=video, label=label, caption=f"{caption} moving {move}")
-        silent = self.endless and rng.random() < 1 / 3
-        return dict(video=video, label=0, caption=caption if silent else f"{caption} moving {move}")
+        silent = self.captioned and self.endless and rng.random() < 1 / 3
+        return dict(video=video, label=0 if self.captioned else label,
+                    caption=caption_of(name, shape, None if silent else move))
 
 
 def draw_clip(rng, shape, colour, move, frames, size):
@@ -960,7 +961,7 @@ def launch(main):
             line = line.split("InputError: ")[-1]  # from a loader's process, whose traceback stands before it
         elif isinstance(e, torch.OutOfMemoryError):
             line = ("the GPU's memory is too small: use a larger --accumulate, --checkpointing where one clip alone "
-                    f"does not fit, or a smaller --batch-size ({line[:100]})")
+                    f"does not fit, or, as in sampling, a smaller --batch-size ({line[:100]})")
         elif line.startswith("DataLoader worker") or "shared memory(shm)" in line:
             line = line.split("RuntimeError: ")[-1] + (
                 ". Memory may have run out: use fewer --workers, a larger /dev/shm, and go on with --resume")

@@ -24,7 +24,6 @@ import contextlib
 import math
 import os
 import re
-import sys
 import warnings
 import zipfile
 import zlib
@@ -338,11 +337,6 @@ class VideoSet:
         raise data.InputError(f"no video in {self.folder} is readable and has {self.args.frames} frames")
 
 
-def warn(args, text):
-    if args.rank == 0:
-        print(text, file=sys.stderr)
-
-
 def for_each_video(videos, read, score, args, label, several=False):
     """Returns a row for each video, or for --num of them in random order, without those that cannot be read; where
     `several` and --num is larger than the number of videos, --num rows, of several clips of them.
@@ -385,7 +379,7 @@ def for_each_video(videos, read, score, args, label, several=False):
     if not rows:
         raise data.InputError(f"{label}: none of {len(stems)} videos in {videos.folder} can be used {faults[:1]}")
     if faults:
-        warn(args, f"{label}: {len(faults)} left out, too short or unreadable (first: {faults[0]})")
+        data.print_once(f"{label}: {len(faults)} left out, too short or unreadable (first: {faults[0]})")
     return rows
 
 
@@ -407,9 +401,9 @@ def fvd_line(real, fake, args):
         if real.meta[name] != meta[name]:
             raise data.InputError(f"REAL and FAKE cannot be compared: {name} {real.meta[name]} against {meta[name]}")
     if few <= features:
-        warn(args, f"warning: {few} videos, {features} features: covariance is rank-deficient, FVD far too high")
+        data.print_once(f"warning: {few} videos, {features} features: covariance is rank-deficient, FVD far too high")
     if real.num != fake.num:
-        warn(args, f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both, see --num")
+        data.print_once(f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both, see --num")
     height, width = meta["size"]
     clips = (f"several random clips of each of {real.meta['videos']} real videos" if real.num > real.meta["videos"]
              else "one random clip of each video")

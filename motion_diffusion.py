@@ -154,7 +154,7 @@ PRESETS = {
         decay_steps=2000, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     "shapes_text": dict(
-        text="tools/tiny-sd.safetensors", model="mini", patch=2, content_patch=2, predict="x", schedule="linear",
+        text=data.TINY_SD, model="mini", patch=2, content_patch=2, predict="x", schedule="linear",
         lr=2e-3, batch_size=16, steps=2000, decay_steps=2000, ema=0.995, drop=0.1, save_every=500, preview_every=1000,
         log_every=50, workers=0,
     ),
@@ -185,9 +185,10 @@ def flags():
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 
-def load_motion(run_dir):
-    """(MotionDiT with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU."""
-    state = data.load_checkpoint(f"{run_dir}/motion.pt", "motion")
+def load_motion(run_dir, state=None):
+    """(MotionDiT with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU.
+    state: the checkpoint, where it has been read."""
+    state = state or data.load_checkpoint(f"{run_dir}/motion.pt", "motion")
     model = MotionDiT(**{name: value for name, value in state["config"].items() if name != "model"})
     model.load_state_dict(state["ema"])
     text_encoder = state["text_encoder"] and open_text_encoder(**state["text_encoder"])
@@ -240,7 +241,7 @@ def main():
 
     # Model
     if saved:
-        model, text_encoder, _, _ = load_motion(args.run_dir)
+        model, text_encoder, _, _ = load_motion(args.run_dir, saved)
         config = saved["config"]
     else:
         config, model, text_encoder = new_model(args, dataset)

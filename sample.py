@@ -213,7 +213,7 @@ def read_image(path, size):
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"--image {path} cannot be read as a picture: {error}") from None
     picture = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+    return data.to_floats(torch.from_numpy(np.array(picture))[None, None])
 
 
 def new_folder(args, rank, world):

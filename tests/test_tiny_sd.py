@@ -18,11 +18,11 @@ import tiny_sd
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tiny_sd import COLOURS, FILE, PAIRS, SHAPES, stills
+from tiny_sd import COLOURS, PAIRS, SHAPES, stills
 
 from autoencoder import ImageAutoencoder, load_image_autoencoder, psnr, to_pixels
 from content_diffusion import TextEncoder, UNet, load_content, load_stable_diffusion
-from data import HELD_OUT, MovingShapes, draw_clip, read_clip
+from data import HELD_OUT, TINY_SD, MovingShapes, draw_clip, read_clip
 from sample import Sampler, flags
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ from sample import Sampler, flags
 def test_the_shipped_file_has_the_names_shapes_and_type_that_its_script_writes():
     parts = ImageAutoencoder(**tiny_sd.IMAGE), UNet(**tiny_sd.UNET), TextEncoder(**tiny_sd.TEXT)
     expected = tiny_sd.raw_file(*parts)
-    with safe_open(FILE, "pt") as file:
+    with safe_open(TINY_SD, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         about = file.metadata()
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == {
@@ -40,7 +40,7 @@ def test_the_shipped_file_has_the_names_shapes_and_type_that_its_script_writes()
     assert {re.match(r"[a-z_]+\.", name)[0] for name in tensors} == {
         "first_stage_model.", "model.", "cond_stage_model."}
     assert tensors["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"].shape[0] == 49_408
-    assert os.path.getsize(FILE) < 16e6 and about["made_by"].startswith("python tools/tiny_sd.py")
+    assert os.path.getsize(TINY_SD) < 16e6 and about["made_by"].startswith("python tools/tiny_sd.py")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
@@ -48,7 +48,7 @@ def test_the_shipped_file_has_the_names_shapes_and_type_that_its_script_writes()
 def models():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "(?s).*cosine")  # it does not predict the noise
-        return load_image_autoencoder(FILE), *load_stable_diffusion(FILE)
+        return load_image_autoencoder(TINY_SD), *load_stable_diffusion(TINY_SD)
 
 
 def test_its_latents_have_unit_variance_and_come_back_as_the_picture(models):
@@ -138,7 +138,7 @@ def run(script, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "shapes_text"
     for command in ("autoencoder.py --preset shapes_text --frames 2 --clips 8 --width 16 --depth 1 --heads 2".split(),
                     ["content_diffusion.py"], ["motion_diffusion.py"]):
-        done = script(*command, *TINY, "--run-dir", folder)
+        done = script(*command, *TINY, "--run-dir", folder, folder=folder.parent)  # from any working directory
         assert done.returncode == 0, done.stderr
     return folder
 

@@ -37,7 +37,6 @@ from autoencoder import psnr
 from fvd import frechet_distance
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-STAGES = {"autoencoder": "autoencoder.py", "content": "content_diffusion.py", "motion": "motion_diffusion.py"}
 RUNS = {  # run: flags of each stage that is trained; stage 1 is the base run's where it has none
     "base": dict(autoencoder="", content="", motion=""),
     "pixels": dict(autoencoder="--no-smooth --noise 0", content="", motion=""),
@@ -95,8 +94,7 @@ def once(path, call):
     if not os.path.exists(path):
         start = time.time()
         call()
-        with data.atomic_write(path) as temporary, open(temporary, "w") as file:
-            file.write(f"{time.time() - start:.0f}")
+        data.write_lines(path, [f"{time.time() - start:.0f}"])
 
 
 def run_script(*words):
@@ -113,7 +111,7 @@ def train(folder, run, seed, tiny):
         shutil.copytree(f"{base}/encodings", f"{place}/copy")
         os.rename(f"{place}/copy", f"{place}/encodings")
     for stage, flags in RUNS[run].items():
-        words = [STAGES[stage], "--run-dir", place, "--seed", str(seed), "--resume", *flags.split()]
+        words = [data.SCRIPTS[stage], "--run-dir", place, "--seed", str(seed), "--resume", *flags.split()]
         once(f"{place}/{stage}.done", lambda: run_script(*words, *(TINY[stage] if tiny else "").split()))
 
 
@@ -230,8 +228,7 @@ def write_table(path, scores, num):
                 cells += [verdict(scores, name, rows[0][1], measure)] * bool(MEASURES[measure])
             lines.append(f"| {row} | {' | '.join(cells)} | {paper} |")
         lines.append("")
-    with data.atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines))
+    data.write_lines(path, lines)
 
 
 def write_picture(path, scores):

@@ -718,7 +718,8 @@ def main():
         return
     if args.memory:
         stages = [stage for stage in ("autoencoder", "content", "motion") if stage in (args.only or STAGES)]
-        presets = [args.preset] if args.preset else [name for name in autoencoder.PRESETS if name != "shapes"]
+        large = [name for name in autoencoder.PRESETS if not name.startswith("shapes")]
+        presets = [args.preset] if args.preset else large
         return print_memory(presets, stages, args.batch_size, args.size)
     if args.samplers:
         return compare_samplers(args.samplers, args.device)

@@ -38,8 +38,7 @@ def main():
     rng, captions = np.random.default_rng(args.seed), read_captions(args.source)
     chosen = [captions[i] for i in rng.permutation(len(captions))[: args.num]]
     lines = [" ".join(of_video[rng.integers(len(of_video))].split()) for of_video in chosen]
-    with open(args.prompts, "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
+    data.write_lines(args.prompts, lines)
     print(f"{len(lines)} prompts in {args.prompts}")
 
 

@@ -71,13 +71,12 @@ def measure(args, path):
                 for kind in missing:
                     prompts, out = prompts_of(kind) * KINDS[kind], f"{run}/{kind}-{steps}"
                     shutil.rmtree(out, ignore_errors=True)
-                    with open(f"{run}/prompts.txt", "w") as file:
-                        file.write("\n".join(prompts))
+                    data.write_lines(f"{run}/prompts.txt", prompts)
                     call("sample.py", "--run-dir", run, "--prompts", f"{run}/prompts.txt", "--seed", seed, "--out", out,
                          *"--sampler dpm++ --steps 20 --motion-steps 20".split())
                     scores = score_prompts(model, *read_clips(out))
                     row = dict(start=start, seed=seed, steps=steps, prompts=kind, clips=len(prompts)) | scores
-                    rows = [*read_rows(path), {name: row[name] for name in COLUMNS}]
+                    rows.append({name: row[name] for name in COLUMNS})
                     with data.atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
                         table = csv.DictWriter(file, COLUMNS)
                         table.writeheader()

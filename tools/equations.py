@@ -64,12 +64,13 @@ def weights(model, video):
 
 
 def motion(model, videos):
-    """Equation 4: z_x (L, H') and z_y (L, W') of four channels, time running down, of clips that move differently."""
+    """Equation 4: z_x (L, H') and z_y (L, W') of three channels, time running down, of clips that move differently."""
     rows = []
     for caption, video in videos:
-        z_x, z_y = model.encode(video)[1][0].split(model.grid, 2)  # (D, L, H'), (D, L, W')
+        content, z = model.encode(video)
+        z_x, z_y = z[0].split(model.grid, 2)  # (D, L, H'), (D, L, W')
         shown = [heat(z[i].numpy()) for z in (z_x, z_y) for i in range(3)]
-        rows.append((caption.replace(" moving", "\nmoving"), [still(model.encode(video)[0]), *shown]))
+        rows.append((caption.replace(" moving", "\nmoving"), [still(content), *shown]))
     grid("motion.png", rows, heads=["content frame", *(f"{z}, channel {i}" for z in ("z_x", "z_y") for i in (1, 2, 3))])
 
 
@@ -95,7 +96,7 @@ def noising(model, diffusion, content, label):
         t = torch.tensor([time])
         signal, noise = diffusion.scales(t, content)
         x = signal * content + noise * eps
-        noisy.append(still(x / (signal**2 + noise**2).sqrt() / 2))
+        noisy.append(still(x / 2))
         guess.append(still(diffusion.estimates(model(x, t, label), x, t)[0]))
     grid("noising.png", [("noised, x_t", noisy), ("the model's x", guess), ("clean x", [still(content)])],
          heads=[f"t = {time}" for time in times])

@@ -44,16 +44,21 @@ def batch_of(dataset, indices):
     return torch.stack([item["video"] for item in items]), torch.tensor([item["label"] for item in items])
 
 
-def train(steps=700, batch=48):
-    """A Classifier, trained on real clips."""
+def draw_real(indices):
+    return batch_of(MovingShapes(FRAMES, SIZE, TRAINING), indices)
+
+
+def train(steps=700, batch=48, kinds=(len(MovingShapes.classes),), draw=draw_real):
+    """A Classifier, trained on real clips. draw(indices) -> clips, labels (N,) or (N, K); kinds: K numbers of classes,
+    such as those of colours and of shapes, whose logits stand side by side."""
     torch.manual_seed(0)
-    model, dataset = Classifier(), MovingShapes(FRAMES, SIZE, TRAINING)
+    model = Classifier(sum(kinds))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for step in range(steps):
-        video, label = batch_of(dataset, range(step * batch, (step + 1) * batch))
-        loss = F.cross_entropy(model(video + 0.05 * torch.randn_like(video)), label)
-        loss.backward()
+        video, labels = draw(range(step * batch, (step + 1) * batch))
+        logits = model(video + 0.05 * torch.randn_like(video)).split(kinds, 1)
+        sum(F.cross_entropy(part, label) for part, label in zip(logits, labels.view(batch, -1).T)).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -110,7 +115,7 @@ def read_clips(folder, frames=FRAMES):
         raise InputError(f"{folder} has {len(names)} clips and {len(captions)} captions: name a folder that sample.py "
                          "wrote from a shapes run, or of --reconstruct its fake folder")
     clips = np.stack([data.read_clip(os.path.join(folder, name), frames) for name in names])  # (N, L, H, W, 3)
-    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3) / 127.5 - 1, captions
+    return data.to_floats(torch.from_numpy(clips)), captions
 
 
 def read_folder(folder, frames=FRAMES):

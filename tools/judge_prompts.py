@@ -15,10 +15,9 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from judge import FRAMES, SIZE, Classifier, read_clips, spread
+from judge import FRAMES, SIZE, read_clips, spread, train
 from tiny_sd import COLOURS, SHAPES
 
 import data
@@ -29,8 +28,7 @@ KINDS = [len(words) for words in WORDS]
 
 
 def caption_of(label):
-    colour, shape, move = (words[number] for words, number in zip(WORDS, label))
-    return f"a{'n' * (colour == 'orange')} {colour} {shape} moving {move}"
+    return data.caption_of(*(words[number] for words, number in zip(WORDS, label)))
 
 
 def label_of(caption):
@@ -67,22 +65,6 @@ def draw_real(indices, seed=1):
     return real_clips(labels, (seed, indices[0])), torch.tensor(labels)
 
 
-def train(steps=1000, batch=32):
-    """The Classifier that reads colour, shape and motion: its logits stand side by side. Of real clips."""
-    torch.manual_seed(0)
-    model = Classifier(sum(KINDS))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    for step in range(steps):
-        video, labels = draw_real(range(step * batch, (step + 1) * batch))
-        logits = model(video + 0.05 * torch.randn_like(video)).split(KINDS, 1)
-        sum(F.cross_entropy(part, label) for part, label in zip(logits, labels.T)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return model.eval()
-
-
 @torch.no_grad()
 def classify(model, videos):
     """Labels (N, 3): colour, shape, motion."""
@@ -106,7 +88,7 @@ def score_prompts(model, videos, captions):
 
 def train_reader():
     """The Classifier that reads colour, shape and motion; prints its accuracy on other real clips."""
-    model = train()
+    model = train(1000, 32, KINDS, draw_real)
     videos, labels = draw_real(range(1200), seed=3)
     right = (classify(model, videos) == labels).float()
     print("classifier on 1,200 other real clips: colour {:.1%}, shape {:.1%}, motion {:.1%} right, "

@@ -34,7 +34,6 @@ PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 IMAGE = dict(channels=32, multipliers=(1, 2, 2), blocks=1)  # 0.95 M parameters
 UNET = dict(width=48, context=64, heads=8, multipliers=(1, 2, 2), blocks=1)  # 3.3 M
 TEXT = dict(width=64, layers=2, heads=1)  # 3.3 M, nearly all of it the table
-FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny-sd.safetensors")
 
 
 def stills(start, count, seed=0, motions=False):
@@ -46,8 +45,7 @@ def stills(start, count, seed=0, motions=False):
         colour, shape = PAIRS[rng.integers(len(PAIRS))]
         move = list(data.MOVES)[rng.integers(len(data.MOVES))]
         pictures.append(data.draw_clip(rng, shape, COLOURS[colour], move, 1, SIZE)[:, 0])
-        moving = f" moving {move}" if motions and rng.random() < 0.5 else ""
-        captions.append(f"a{'n' * (colour == 'orange')} {colour} {shape}{moving}")
+        captions.append(data.caption_of(colour, shape, move if motions and rng.random() < 0.5 else None))
     return torch.stack(pictures), captions
 
 
@@ -168,7 +166,7 @@ def raw_file(image, unet, text):
 def main():
     parser = data.Flags(__doc__)
     add = parser.add_argument
-    add("--out", default=FILE, help="the file to write")
+    add("--out", default=data.TINY_SD, help="the file to write")
     add("--folder", default="runs/tiny_sd", help="for checkpoints, and a picture of what the model draws")
     add("--image-steps", type="count", default=2500, help="of the image autoencoder")
     add("--steps", type="count", default=2800, help="of the U-Net and the text encoder")
@@ -187,7 +185,7 @@ def main():
     with data.atomic_write(args.out) as temporary:
         save_file(raw_file(image, unet, text), temporary, dict(
             made_by=made, minutes=f"{(image_seconds + more + last) / 60:.0f} on {torch.get_num_threads()} core(s)"))
-    captions = [f"a{'n' * (colour == 'orange')} {colour} {shape}" for colour, shape in PAIRS]
+    captions = [data.caption_of(*pair) for pair in PAIRS]
     pictures = draw(image, unet, text, captions)
     data.write_sheet(f"{args.folder}/pictures.png", list(pictures[:, :, None]), len(SHAPES), captions)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, look at {args.folder}/pictures.png")
