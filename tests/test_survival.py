@@ -685,12 +685,15 @@ def test_encoding_fewer_clips_anew_does_not_take_a_shard_of_training_clips_for_t
     assert read(run / "encodings" / "shard-00002.safetensors", "rb") != old
 
 
-def test_a_shard_that_was_cut_off_or_changed_is_noticed_and_named(copy):
+def test_a_shard_that_was_cut_off_or_changed_is_noticed_named_and_made_again(processes, copy):
     run = copy("run", "autoencoder")
     assert len(EncodedClips(str(run))) == 24
     path = run / "encodings" / "shard-00001.safetensors"
     whole = read(path, "rb")
-    for damage in (whole[:-1], whole[:-99] + bytes([whole[-99] ^ 1]) + whole[-98:], whole + b"x", whole[:50], b""):
+    flipped = whole[:-99] + bytes([whole[-99] ^ 1]) + whole[-98:]
+    other_type = whole.replace(b'"I64"', b'"F64"')  # the labels' bytes, read as other numbers
+    for damage in (whole[:-1], flipped, other_type, whole + b"x", whole[:50], b""):
+        assert damage != whole
         path.write_bytes(damage)
         open_shard.cache_clear()
         with pytest.raises(InputError, match="shard-00001.safetensors is missing or damaged .*: delete it and run"):
@@ -699,6 +702,10 @@ def test_a_shard_that_was_cut_off_or_changed_is_noticed_and_named(copy):
     open_shard.cache_clear()
     with pytest.raises(InputError, match="shard-00001.safetensors is missing or damaged"):
         EncodedClips(str(run))
+    path.write_bytes(flipped)
+    processes.succeed(processes.start("autoencoder", run, "--encode"))  # keeps the other shards
+    open_shard.cache_clear()
+    assert len(EncodedClips(str(run))) == 24 and read(path, "rb") == whole
 
 
 def test_what_belongs_to_another_autoencoder_is_refused_with_the_reason(processes, copy, tiny, tmp_path):
@@ -843,8 +850,9 @@ def test_encoding_and_sampling_on_a_full_or_read_only_disk_end_with_one_line(pro
         assert status == 1 and re.search("cannot write .*(No space left|os error 28|fail).*; 0 MB are free",
                                          lines_of(output)[-1]), output
         assert "Traceback" not in output and "--resume" not in output
+    (small_disk / "empty").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    [(status, output)] = processes.finish(processes.start("sample.py", tiny, f"--num 24 --out {out}-2"))
+    [(status, output)] = processes.finish(processes.start("sample.py", tiny, f"--num 24 --out {small_disk}/empty"))
     assert status == 1 and len(lines_of(output)) == 1 and "Read-only file system" in output, output
 
 

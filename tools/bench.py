@@ -648,9 +648,8 @@ def print_memory(presets, stages, batch=None, size=None):
 
 
 def plan(rate, mfu, preset="webvid_sd21"):
-    """Prints what the paper's WebVid-10M run (10.7 M clips of 16x512x1024), or that on UCF-101, takes: each stage's
-    operations divided by those that a GPU does. rate: one GPU's operations a second; mfu: {stage: MFU} for all STAGES.
-    """
+    """Prints what the paper's WebVid-10M run (10.7 M clips), or that on UCF-101, takes: each stage's operations divided
+    by those that a GPU does. rate: one GPU's operations a second; mfu: {stage: MFU} for all STAGES."""
     p, name = autoencoder.PRESETS[preset], "UCF-101" if preset == "ucf101" else "WebVid-10M"
     encoded = (9_537 if preset == "ucf101" else 10_700_000) * p["clips_per_video"]
     one = {stage: 2 * forward_macs(stage, preset)[1] * (1 if stage == "encoding" else 3) / (rate * mfu[stage])
@@ -682,8 +681,7 @@ def plan(rate, mfu, preset="webvid_sd21"):
               f"{'' if size is None else f'{size / 1e12:.2f} TB' if size > 1e11 else f'{size / 1e9:.1f} GB':>10}"
               f"{'' if paper is None or preset not in UNETS else f'{paper:,.0f}':>19}")
     if preset in UNETS:
-        print("paper: stage 1 about a week on 8 A100; stages 2 and 3 from its seconds a step at batch 1, half this "
-              "width")
+        print("paper: stage 1 about a week on 8 A100; stages 2 and 3 from its seconds a step at batch 1, 16x512x512")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -713,7 +711,7 @@ def main():
     if args.device.type == "cuda" and not torch.cuda.is_available():
         raise data.InputError("--device cuda: PyTorch finds no GPU here")
     if args.plan:
-        for preset in ("webvid_sd21", "ucf101"):
+        for preset in ("webvid_sd21", "webvid_sd15", "ucf101"):
             plan((args.rate or 312) * 1e12, dict.fromkeys(STAGES, args.mfu), preset)
         return
     if args.memory:
