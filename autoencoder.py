@@ -10,9 +10,10 @@ H' = H / patch, W' = W / patch. After training it encodes the data set into the 
     torchrun --nproc-per-node 8 autoencoder.py --preset ucf101 --data UCF-101
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 autoencoder.py ...
 
-Where we differ from the paper: depth 8 and heads of 48, the size whose cost its table 8 reports (table 5 prints 12 and
-64). From the authors' release: positions in both transformers (without them they cannot tell frame 1 from frame 9, nor
-left from right), any size and length, no discriminator. What the shapes preset changes is explained beside it, below.
+Where we differ from the paper: depth 8 and heads 48 wide, the size whose cost its table 8 reports (table 5 prints depth
+12 and heads 64 wide). From the authors' release: positions in both transformers (without them they cannot tell frame 1
+from frame 9, nor left from right), any size and length, no discriminator. What the shapes preset changes is explained
+beside it, below.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from data import InputError
 
 def norm(function, x, over, weight, bias, eps):
     """F.layer_norm or F.group_norm, under autocast in its dtype: torch would compute in float32, which takes twice the
-    memory and is hardly more exact, since the kernels sum in float32 anyway."""
+    memory and is hardly more exact, since the kernels sum in float32 anyway. (Not part of the method: skip it.)"""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return function(x, over, weight, bias, eps)
@@ -149,7 +150,8 @@ class Autoencoder(nn.Module):
     width       C', the transformers' width; they have `depth` blocks with `heads` heads. Defaults: 47.4 M parameters
     motion_channels  D of the motion latent
     content     what the content frame is (table 4b): 'weights', learned; 'mean' of the frames; 'frame', the first one
-    smooth      False: one weight a pixel, as in the paper. True: one a token, upsampled bilinearly (see `shapes` below)
+    smooth      False: a weight for each pixel and channel, as in the paper. True: for each patch and channel, upsampled
+                bilinearly (see SHAPES below)
     squash      True in pixel space: the output passes through 2 * sigmoid - 1
     """
 
@@ -267,9 +269,9 @@ SHAPES = dict(
 )
 PRESETS = {
     "shapes": SHAPES,
-    # The same on latents of 8x8, with captions.
+    # The same on latents of 8x8, with captions. With patches of 1 `smooth` changes nothing.
     "shapes_text": dict(SHAPES, data="shapes_text", sd=data.TINY_SD, channels=4, patch=1),
-    # Plus LPIPS with --lpips, which needs two files. 32 clips a video: stages 2 and 3 see each video 3,000 times.
+    # Plus LPIPS with --lpips, which needs two files. 32 clips of each video: stages 2 and 3 see each video 3,000 times.
     "ucf101": dict(PAPER, size=[64], channels=3, loss="l1", clips_per_video=32),
     "webvid_sd15": dict(PAPER, size=[512], channels=4, loss="mse"),
     "webvid_sd21": dict(PAPER, size=[512, 1024], channels=4, loss="mse"),
@@ -285,7 +287,7 @@ def flags():
     add("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
     add("--split", help="path of a list of the videos to use, such as UCF-101's trainlist01.txt")
     add("--size", type="count", nargs="+", help="pixels: one number, or height and width")
-    add("--frames", type="count", help="L, frames a clip (table 4b: 16 or 24)")
+    add("--frames", type="count", help="L, frames of a clip (table 4b: 16 or 24)")
     add("--stride", type="count", default=1, help="take every n-th frame of the video: a clip spans n times the time, "
         "and sample.py plays it at 1/n of the video's frame rate, so at its speed")
     add = parser.add_argument_group("model (table 5)").add_argument

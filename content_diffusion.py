@@ -65,7 +65,7 @@ class Diffusion:
         signal, noise = self.scales(t, x)
         output = model(signal * x + noise * eps, t).float()
         if self.predict == "x":
-            # The loss of v, with weight 1 / noise^2, clamped so that low-noise steps do not dominate.
+            # Divided by the noise, the error of x is that of v. At least 0.5, or nearly clean inputs would dominate.
             return ((output - x) / noise.clamp_min(0.5)).square().mean()
         target = eps if self.predict == "eps" else signal * eps - noise * x
         return (output - target).square().mean()
@@ -101,7 +101,7 @@ def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None,
     """DDIM (Song et al. 2021, equation 12) from noise x (B, ...) to a clean sample of the same shape.
 
     denoise(x_t, t) returns what the model predicts for timesteps t (B,). eta: 0 adds no noise, so the same start gives
-    the same sample; 1 adds as much in each step as the original sampler (DDPM), from `generators`, one a sample.
+    the same sample; 1 adds as much in each step as the original sampler (DDPM), from `generators`, one for each.
     bounds: the (low, high) between which the clean x lies. progress wraps the list of steps, as tqdm does.
     """
     times = timesteps(steps)
@@ -125,9 +125,9 @@ def dpm(denoise, x, diffusion, steps=20, eta=0.0, generators=None, bounds=None, 
     The arguments are those of ddim; eta is not used. Its timesteps are evenly spaced in that ratio: if they were in t,
     the last step would span half of the ratio's range.
     """
-    ratio = 0.5 * torch.logit(diffusion.abar)  # lambda_t = log(sqrt(abar) / sqrt(1 - abar))
-    even = torch.linspace(ratio[999], ratio[0], len(timesteps(steps)), device=ratio.device)
-    times = sorted({(ratio - value).abs().argmin().item() for value in even}, reverse=True)
+    lam = 0.5 * torch.logit(diffusion.abar)  # lambda_t = log(sqrt(abar) / sqrt(1 - abar))
+    even = torch.linspace(lam[999], lam[0], len(timesteps(steps)), device=lam.device)
+    times = sorted({(lam - value).abs().argmin().item() for value in even}, reverse=True)
     following = dict(zip(times, times[1:]))
     x0_before = h_before = None
     for time in progress(times):
@@ -138,7 +138,7 @@ def dpm(denoise, x, diffusion, steps=20, eta=0.0, generators=None, bounds=None, 
         if time not in following:
             return x0
         abar, after = diffusion.abar[time], diffusion.abar[following[time]]
-        h = ratio[following[time]] - ratio[time]
+        h = lam[following[time]] - lam[time]
         ahead = x0 if x0_before is None else x0 + h / (2 * h_before) * (x0 - x0_before)
         x = ((1 - after) / (1 - abar)).sqrt() * x - after.sqrt() * torch.expm1(-h) * ahead
         x0_before, h_before = x0, h
@@ -301,7 +301,7 @@ PRESETS = {
         model="sd", sd=data.TINY_SD, predict="eps", schedule="scaled_linear", lr=5e-4, batch_size=16,
         steps=1500, decay_steps=1500, ema=0.995, drop=0.1, save_every=500, preview_every=500, log_every=50, workers=0,
     ),
-    # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
+    # 3,000 epochs of 9,537 videos, and 3 epochs of 10.7 M.
     "ucf101": dict(PAPER, model="XL", schedule="linear", steps=111_762),
     "webvid_sd15": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
     "webvid_sd21": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391, accumulate=2),  # for 80 GB a GPU

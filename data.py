@@ -194,7 +194,7 @@ def draw_clip(rng, shape, colour, move, frames, size):
 
 VIDEO_ENDINGS = tuple(".avi .mp4 .mkv .mov .webm .gif .m4v .mpg .mpeg .wmv .flv .ogv .ts .mts .m2ts .3gp .vob".split())
 # Bicubic, which FFmpeg widens when it shrinks a picture, so that nothing aliases. Accurate rounding, since the fast one
-# darkens by 1.5 levels; one thread, since by default FFmpeg starts one a core for every frame.
+# darkens by 1.5 levels; one thread, since by default FFmpeg starts one on each core for every frame.
 SCALING = dict(threads=1, interpolation=(
     Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT))
 
@@ -403,8 +403,8 @@ class CaptionedVideos(VideoFiles):
     - a CSV file with the columns path, caption (path relative to `root`, or absolute),
     - a .tar or a folder of them as video2dataset writes them: N.mp4 with N.txt; root is not used.
 
-    root: None is the CSV's own folder. A process holds 8 bytes a row (.tar: 40), the rest stays on disk. Rows with too
-    few or too many columns are left out, and named by their line.
+    root: None is the CSV's own folder. A process holds 8 bytes for each row (.tar: 40), the rest stays on disk. Rows
+    with too few or too many columns are left out, and named by their line.
     """
 
     def __init__(self, csv, root, frames, size, stride=1, seed=0):
@@ -1023,7 +1023,7 @@ class Flags(argparse.ArgumentParser):
     def add_training(self):
         add = self.add_argument_group("training").add_argument
         add("--steps", type="count", help="steps in all")
-        add("--batch-size", type="count", help="clips a step, over all ranks")
+        add("--batch-size", type="count", help="clips in a step, over all ranks")
         add("--accumulate", type="count", default=1, help="passes into which each rank's batch is divided")
         add("--lr", type="number", help="Adam's learning rate")
         add("--decay-steps", type="whole", help="short rise, then cosine decay of the rate to this step; 0: constant")

@@ -29,7 +29,7 @@ from autoencoder import LayerNorm, load_autoencoder, to_pixels
 from content_diffusion import Diffusion, ddim, load_text_encoder, open_text_encoder
 from data import InputError
 
-# ---- The motion model, with its own copy of DiT's blocks, so that the whole model is in one place --------------------
+# ---- The motion model. Its blocks are DiT's of stage 2, written out again: the whole model is in one place -----------
 
 def sincos_positions(rows, columns, width):
     """(rows * columns, width): fixed 2-D sine-cosine positions; the first half of the width tells the column."""
@@ -90,7 +90,7 @@ class MotionDiT(nn.Module):
 
     motion_channels, frames, columns: D, L and H'+W'; L and the columns may be any number >= 1, the grid is padded to
     whole patches. channels, size: C and (H, W) of the content frame, which is cut into its own patches of
-    `content_patch` pixels (table 4c). Defaults: table 6's DiT-XL/2 for Stable Diffusion 2.1's latents of 512x512.
+    `content_patch` values (table 4c). Defaults: table 6's DiT-XL/2 for Stable Diffusion 2.1's latents of 512x512.
     `checkpointing = True` recomputes activations in the backward pass.
     """
 
@@ -130,7 +130,7 @@ class MotionDiT(nn.Module):
         padding = (0, columns * self.patch - self.columns, 0, rows * self.patch - self.frames)
         z = self.motion_embedder(F.pad(motion, padding)).flatten(2).transpose(1, 2)  # (B, N, width)
         frame = self.content_embedder(content).flatten(2).transpose(1, 2)  # (B, M, width)
-        # The content frame's tokens after the motion's: (B, N + M, width)
+        # The content frame's tokens after the motion's, which their embedder alone tells apart: (B, N + M, width)
         x = torch.cat([z + self.motion_positions, frame + self.content_positions], 1)
         c = self.t_embedder(timestep_embedding(t).to(self.out.weight.dtype)) + self.c_embedder(condition)  # (B, width)
         for block in self.blocks:
@@ -158,7 +158,7 @@ PRESETS = {
         lr=2e-3, batch_size=16, steps=2000, decay_steps=2000, ema=0.995, drop=0.1, save_every=500, preview_every=1000,
         log_every=50, workers=0,
     ),
-    # 3,000 epochs of 9,537 clips, and 3 epochs of 10.7 M.
+    # 3,000 epochs of 9,537 videos, and 3 epochs of 10.7 M.
     "ucf101": dict(PAPER, model="L", content_patch=4, steps=111_762),
     "webvid_sd15": dict(PAPER, model="XL", content_patch=4, steps=125_391),
     "webvid_sd21": dict(PAPER, model="XL", content_patch=8, steps=125_391),

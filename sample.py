@@ -1,7 +1,7 @@
 """Sampling: noise -> content frame -> motion latent -> clip. Algorithm 1 and appendix B.4 of the paper.
 
-Reads the checkpoints that it needs from a run folder, and what --image or --data names. Writes one .mp4 a clip (one
-.mkv with --lossless, for fvd.py), captions.txt with a line a clip, and samples.gif and samples.png, an overview.
+Reads the checkpoints that it needs from a run folder, and what --image or --data names. Writes an .mp4 for each clip
+(an .mkv with --lossless, for fvd.py), captions.txt with its caption, and samples.gif and samples.png, an overview.
 
     python sample.py                                                 # two clips of each class of runs/shapes
     python sample.py --run-dir runs/shapes_text --prompt "a red circle moving left"
@@ -10,10 +10,10 @@ Reads the checkpoints that it needs from a run folder, and what --image or --dat
     python sample.py --run-dir runs/webvid_sd21 --prompt "waves" --image photo.jpg       # animate a picture
     python sample.py --run-dir runs/ucf101 --reconstruct --split ucfTrainTestlist/trainlist01.txt --num 2048 --lossless
 
-A guidance scale s means eps = s eps(c) + (1 - s) eps(nothing): the paper's w is s - 1, and s = 1 is no guidance. The
-same formula holds where the model predicts x or v. Whether the paper's figures (4.0 on UCF-101, 7.5 for text) are w or
-s it leaves open: its formula says w, the authors' release passes 4.0 as s, and 7.5 is Stable Diffusion's usual s. Here
-they are taken as w. The motion is drawn without guidance: the release guides the content frame alone.
+A guidance scale s means eps = eps(nothing) + s (eps(c) - eps(nothing)): the paper's w is s - 1, and s = 1 is no
+guidance. The same formula holds where the model predicts x or v. Whether the paper's figures (4.0 on UCF-101, 7.5 for
+text) are w or s it leaves open: its formula says w, the authors' release passes 4.0 as s, and 7.5 is Stable Diffusion's
+usual s. Here they are taken as w. The motion is drawn without guidance: the release guides the content frame alone.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def flags():
         "8.5 for webvid)")
     add("--motion-guidance", type="number", default=1.0, help="guidance scale of the motion; 1: none")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ (2M) needs fewer steps")
-    add("--eta", type="share", default=0.0, help="DDIM's noise, from 0 (none) to 1 (ancestral)")
+    add("--eta", type="share", default=0.0, help="DDIM's noise, from 0 (none) to 1 (DDPM)")
     add("--seed", type="whole", default=0, help="a seed gives the same clips whatever the batch size")
     add("--batch-size", type="count", default=24, help="clips at a time")
     add("--compile", action=argparse.BooleanOptionalAction,
@@ -164,7 +164,7 @@ def flags():
         help="of the two diffusion models (default: bfloat16 on a GPU, float32 on a CPU)")
     add = parser.add_argument_group("output").add_argument
     add("--out", help="folder (default: a new one in the run folder)")
-    add("--fps", type="count", help="frames a second of the files (default: the training videos' divided by stage 1's "
+    add("--fps", type="count", help="frames per second (default: the training videos' divided by stage 1's "
         "--stride, so that things move at their own speed)")
     add("--lossless", action="store_true", help="write .mkv files that keep every bit, for scoring, in place of .mp4")
     return parser
@@ -186,7 +186,7 @@ def check_flags(args):
 
 
 def read_wishes(args, with_text, classes):
-    """What each clip is to show: (labels or prompts, captions), one a clip."""
+    """What each clip is to show: (labels or prompts, captions), one for each."""
     if with_text:
         prompts = [args.prompt] if args.prompt is not None else data.read_lines(args.prompts) if args.prompts else []
         if args.label is not None or not prompts:

@@ -1,9 +1,12 @@
 """Puts the scripts and the tools on the path, so that the tests import them, and keeps the tests off the network."""
 
+import contextlib
 import importlib
 import itertools
 import multiprocessing
 import os
+import random
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +17,15 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each of pytest's workers, and for the scripts that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def free_port():
+    """A port of this machine for torchrun. From 32768 on the system hands them out to any connection, in the moment
+    between this call and torchrun's too."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 50):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def play(arguments, environment, outputs, folder):

@@ -16,7 +16,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ import pytest
 import test_fvd
 import test_text_to_video
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 from PIL import Image
 from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
@@ -149,6 +148,7 @@ STANDS_IN = {  # what a reader brings: what makes a small one of that name, give
     "test_videodatainfo.json": msrvtt,
     "prompts.txt": copy_of("files", "prompts.txt"),
     "photo.jpg": lambda path, _: Image.new("RGB", (100, 70), (200, 30, 30)).save(path),
+    "drawing.png": lambda path, _: Image.new("RGB", (40, 40), (200, 30, 30)).save(path),
     "v1-5-pruned.safetensors": sd15,
     "v2-1_512-ema-pruned.safetensors": copy_of("files", "v2-1_512-ema-pruned.safetensors"),
     "vgg16-397923af.pth": vgg16,
@@ -293,7 +293,7 @@ def find(name, modules):
 
 FILES = tuple(".pt .pth .txt .csv .bin .safetensors .ckpt .gif .png .mp4 .mkv .jpg .md .json".split())
 # In backquotes, and neither a function nor a class of ours:
-WORDS = {"clip", "frame", "ucfTrainTestlist", "test_loss", "webvid_sd15"}
+WORDS = {"clip", "frame", "ucfTrainTestlist", "test_loss", "webvid_sd15", "shapes_text"}
 
 
 def test_every_file_name_and_flag_in_the_readme_s_prose_exists():
@@ -338,12 +338,6 @@ def why_not_run(command):
     assert reason or known and not set("|<>&()") & set("".join(command.words)), (
         f"No table knows how to run this README command:\n    {command.text}\n{HINT}")
     return reason
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def lines_for(command, preset, alone):

@@ -55,11 +55,11 @@ def idea(run_dir, clip=5):
     item = MovingShapes(model.frames, model.size, split="test")[clip]
     content, motion = model.encode(item["video"][None])
     again = model.decode(content, motion)[0]
-    canvas = Image.new("RGB", (1180, 470), "white")
+    canvas = Image.new("RGB", (1180, 520), "white")
     draw = ImageDraw.Draw(canvas)
-    pick = np.linspace(0, model.frames - 1, 5).round().astype(int)
+    pick = np.linspace(0, model.frames - 1, 6).round().astype(int)
 
-    draw.text((20, 14), f'a clip, 16 frames: "{item["caption"]}"', fill=INK, font=FONT)
+    draw.text((20, 14), f'"{item["caption"]}", 6 of 16 frames', fill=INK, font=FONT)
     for column, frames in ((20, to_uint8(item["video"])), (760, to_uint8(again))):
         for i, frame in enumerate(pick):
             paste(canvas, frames[frame], column + (i % 3) * 134, 46 + (i // 3) * 134, 128, 128)
@@ -68,23 +68,27 @@ def idea(run_dir, clip=5):
     draw.text((500, 14), "one content frame", fill=INK, font=FONT)
     paste(canvas, to_uint8(content[0][:, None])[0], 500, 46, 160, 160)
     rows, columns = motion[0].split(model.grid, 2)  # (D, L, H'), (D, L, W')
-    draw.text((500, 232), "and a small motion latent", fill=INK, font=FONT)
-    for i in range(4):
-        paste(canvas, heat(rows[i].numpy().T), 500 + i * 52, 264, 48, 24)
-        paste(canvas, heat(columns[i].numpy().T), 500 + i * 52, 294, 48, 24)
-    draw.text((500, 324), "z_x: rows by time, z_y: columns by", fill=GREY, font=SMALL)
-    draw.text((500, 342), "time (4 of 8 channels)", fill=GREY, font=SMALL)
+    draw.text((500, 222), "and a small motion latent", fill=INK, font=FONT)
+    for x, name, part in ((500, "z_x", rows), (612, "z_y", columns)):
+        for i in range(4):
+            paste(canvas, heat(part[i].numpy()), x + i * 26, 252, 24, 48)
+        draw.text((x + 51, 312), name, fill=INK, font=SMALL, anchor="mm")
+    draw.text((500, 324), "time runs down; 4 of 8 channels", fill=GREY, font=SMALL)
     arrow(draw, [(430, 190), (490, 190)], "encode", (458, 172))
     arrow(draw, [(690, 190), (750, 190)], "decode", (718, 172))
 
-    y = 400
+    y = 380
     draw.line([(20, y - 16), (1160, y - 16)], fill=(215, 215, 222), width=2)
-    for x, text in ((20, "To generate:   noise"), (300, "content frame"), (560, "motion latent"), (860, "clip")):
-        draw.text((x, y + 16), text, fill=INK, font=FONT, anchor="lm")
-    for x0, x1, text in ((190, 290, "stage 2"), (420, 550, "stage 3"), (680, 850, "stage 1's decoder")):
-        arrow(draw, [(x0, y + 16), (x1, y + 16)], text, ((x0 + x1) // 2, y - 2))
-    draw.text((300, y + 44), "an image diffusion model", fill=GREY, font=SMALL, anchor="lm")
-    draw.text((560, y + 44), "a light transformer, which sees the content frame", fill=GREY, font=SMALL, anchor="lm")
+    draw.text((20, y + 16), "To generate:", fill=INK, font=FONT, anchor="lm")
+    for given, stage, drawn, model_of in (
+            ("noise", "stage 2", "content frame", "an image diffusion model"),
+            ("noise and the content frame", "stage 3", "motion latent", "a light transformer"),
+            ("the content frame and the motion latent", "stage 1's decoder", "clip", "")):
+        draw.text((500, y + 16), given, fill=INK, font=FONT, anchor="rm")
+        arrow(draw, [(514, y + 16), (668, y + 16)], stage, (588, y + 2))
+        draw.text((682, y + 16), drawn, fill=INK, font=FONT, anchor="lm")
+        draw.text((820, y + 16), model_of, fill=GREY, font=SMALL, anchor="lm")
+        y += 46
     canvas.save(os.path.join(ASSETS, "idea.png"), optimize=True)
 
 
@@ -124,8 +128,8 @@ def hidden(run_dir, pixels, clips=(5, 14, 27, 36, 45, 54)):
     """The content frames of the same test clips by both autoencoders."""
     canvas = Image.new("RGB", (190 + 154 * len(clips), 24 + 154 * 2), "white")
     draw = ImageDraw.Draw(canvas)
-    for row, (folder, name) in enumerate(((run_dir, "a weight a token,\nnoise on the motion\n(the default)"),
-                                          (pixels, "a weight a pixel,\nno noise"))):
+    for row, (folder, name) in enumerate(((run_dir, "a weight for each\npatch, noise on the\nmotion (default)"),
+                                          (pixels, "a weight for each\npixel, no noise"))):
         model = load_autoencoder(folder, torch.device("cpu"))[0]
         dataset = MovingShapes(model.frames, model.size, split="test")
         frames = model.encode(torch.stack([dataset[i]["video"] for i in clips]))[0]
