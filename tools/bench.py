@@ -470,7 +470,7 @@ def bench_sampling(args, preset, clips, versions, size=None, **flags):
 @torch.no_grad()
 def compare_samplers(run_dir, device, clips=12):
     """Prints how far what each sampler draws in few steps is from what DDIM draws in 1000, from the same noise and with
-    the preset's guidance: the root mean square, in the latents' deviations. A step costs both samplers one call."""
+    the preset's guidance: the root mean square, in the latents' deviations. A step costs each of them one call."""
     args = sample.flags().parse_args(["--run-dir", run_dir, "--num", str(clips)])
     sampler = sample.Sampler(args, device, torch.float32)
     wishes, _ = sample.read_wishes(args, bool(sampler.content.text), sampler.state["classes"])
@@ -483,13 +483,14 @@ def compare_samplers(run_dir, device, clips=12):
 
     truth = {}
     truth = latents("ddim", 1000)
-    print(f"{run_dir}: distance of {clips} clips from 1000 steps of DDIM, in deviations\n"
-          f"{'steps':>5} {'content: ddim':>14} {'dpm++':>7} {'motion: ddim':>13} {'dpm++':>7}")
+    names = content_diffusion.SAMPLERS
+    print(f"{run_dir}: distance of {clips} clips from 1000 steps of DDIM, in deviations\nsteps"
+          + "".join(f"{f'{part}, {name}':>16}" for part in truth for name in names))
     for steps in (5, 10, 20, 50, 100):
-        drawn = {name: latents(name, steps) for name in ("ddim", "dpm++")}
+        drawn = {name: latents(name, steps) for name in names}
         row = [((drawn[name][part] - truth[part]).square().mean().sqrt() / truth[part].std()).item()
-               for part in truth for name in drawn]
-        print("{:>5} {:>14.4f} {:>7.4f} {:>13.4f} {:>7.4f}".format(steps, *row))
+               for part in truth for name in names]
+        print(f"{steps:>5}" + "".join(f"{distance:>16.4f}" for distance in row))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
