@@ -151,8 +151,8 @@ def flags():
     add = parser.add_argument_group("how to draw it").add_argument
     add("--steps", type="count", default=50, help="sampling steps of the content frame, at most 1000")
     add("--motion-steps", type="count", default=100, help="sampling steps of the motion, at most 1000")
-    add("--guidance", type="number", help="guidance scale of the content frame (default: 2 for shapes, 5 for ucf101, "
-        "8.5 for webvid)")
+    add("--guidance", type="number", help="guidance scale of the content frame (default: 2 for shapes, 3 for "
+        "shapes_text, 5 for ucf101, 8.5 for webvid)")
     add("--motion-guidance", type="number", default=1.0, help="guidance scale of the motion; 1: none")
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ (2M) needs fewer steps")
     add("--eta", type="share", default=0.0, help="DDIM's noise, from 0 (none) to 1 (DDPM)")
