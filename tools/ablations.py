@@ -59,6 +59,8 @@ SAMPLES = {  # samples: run (None: real test clips), flags of sample.py
     "guidance1": ("base", "--guidance 1"),
     "guidance4": ("base", "--guidance 4"),
     "guidance8": ("base", "--guidance 8"),
+    "motion1.5": ("base", "--motion-guidance 1.5"),
+    "motion5": ("base", "--motion-guidance 5"),
     "pixels": ("pixels", "--reconstruct"),
     "pixels-all": ("pixels", ""),
     "same": ("base", "--same-content"),
@@ -76,6 +78,8 @@ TABLES = {  # table: [(row, samples, the paper's figure)]; the first row is what
         ("8", "motion", "32.9"), ("4", "patch4", "19.5"), ("16", "patch16", "40.4")],
     "11: guidance on the content frame": [
         ("2", "all", "-"), ("1 (none)", "guidance1", "-"), ("4", "guidance4", "-"), ("8", "guidance8", "-")],
+    "ours: guidance on the motion": [
+        ("1 (none)", "all", "-"), ("1.5", "motion1.5", "-"), ("5", "motion5", "-")],
     "ours: content weights for each token, noise on the motion, everything generated": [
         ("the default", "all", "-"), ("weights for each pixel, no noise", "pixels-all", "-")],
     "ours: the same, reconstruction": [
