@@ -317,6 +317,9 @@ def check_flags(args, saved):
     pixels, preset = args.channels == 3, f"--preset {args.preset}"
     if not args.data:
         raise InputError(f"{preset} needs --data: a folder of videos or a CSV of captions")
+    if args.encode and saved["step"] < args.steps:
+        raise InputError(f"stage 1 stopped after step {saved['step']} of {args.steps}: finish it with --resume, or add "
+                         f"--steps {saved['step']} to encode with it as it is")
     if args.data in ("shapes", "shapes_text") and not args.clips:
         raise InputError("--clips 0 means all videos, and the moving shapes have no end: give a number")
     if pixels and args.sd:

@@ -353,7 +353,7 @@ class VideoFiles(torch.utils.data.Dataset):
             except BadVideo as e:
                 fault = f"{getattr(file, 'name', file)}: {e}"
                 if not self.named[chosen]:
-                    print(printable(f"left out: {fault}"), file=sys.stderr, flush=True)
+                    print(f"\nleft out: {printable(fault)}", file=sys.stderr, flush=True)
                 self.named[chosen] = True
         if self.replace:
             raise InputError(f"20 videos in a row cannot be used; the last is {fault}")
@@ -617,9 +617,10 @@ class EncodedClips(torch.utils.data.Dataset):
     """
 
     def __init__(self, run_dir, data=None, resumed=None):
-        state, encode = load_checkpoint(f"{run_dir}/autoencoder.pt", "autoencoder"), f"--run-dir {run_dir} --encode`"
+        state = load_checkpoint(f"{run_dir}/autoencoder.pt", "autoencoder")
         if state["encodings"] is None:
-            raise InputError(f"{run_dir} has no complete encodings: make them with `python autoencoder.py {encode}")
+            raise InputError(f"{run_dir} has no complete encodings: finish stage 1 with `python autoencoder.py "
+                             f"--run-dir {run_dir} --resume`")
         if data not in (None, state["args"]["data"]):
             raise InputError(f"the encodings in {run_dir} are of {state['args']['data']}, not of {data}: drop --data, "
                              "or train `autoencoder.py` on it in another --run-dir")
@@ -630,7 +631,7 @@ class EncodedClips(torch.utils.data.Dataset):
             shard, captions, settings = open_shard(run_dir, number, check=len(self) < 10_000)
             if (settings["fingerprint"], len(captions)) != (self.fingerprint, count or len(captions)):
                 raise InputError(f"the encodings in {run_dir} were made by another autoencoder than its autoencoder.pt"
-                                 f": encode again with `python autoencoder.py {encode}")
+                                 f": encode again with `python autoencoder.py --run-dir {run_dir} --encode`")
         if resumed and resumed["fingerprint"] != self.fingerprint:
             raise InputError(f"the {resumed['stage']} model in {run_dir} was trained on the encodings of another "
                              "autoencoder: use another --run-dir")

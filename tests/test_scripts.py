@@ -284,6 +284,7 @@ MISTAKES = [  # command, words of the one line
     ("autoencoder.py --run-dir {run}", "exists: --resume goes on"),
     ("autoencoder.py --run-dir {run} --resume --width 32", "trained with --width 16, not 32"),
     ("autoencoder.py --encode --run-dir {empty}", "no {empty}/autoencoder.pt"),
+    ("autoencoder.py --encode --run-dir {half}", "stopped after step 2 of 4: finish it with --resume, or add --steps 2"),
     ("content_diffusion.py --run-dir {empty}", "no {empty}/autoencoder.pt"),
     ("content_diffusion.py --run-dir {run}", "exists: --resume goes on"),
     ("content_diffusion.py --run-dir {run} --preset ucf101 --resume", "trained with --preset shapes, not ucf101"),
@@ -311,7 +312,7 @@ MISTAKES = [  # command, words of the one line
 @pytest.fixture(scope="module")
 def places(shapes_run, video_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("places")
-    for name in ("empty", "swapped", "other", "bare"):
+    for name in ("empty", "swapped", "other", "bare", "half"):
         os.makedirs(root / name)
     for name in ("autoencoder.pt", "content.pt"):
         os.symlink(os.path.join(shapes_run, name), root / "swapped" / name)
@@ -320,8 +321,9 @@ def places(shapes_run, video_folder, tmp_path_factory):
         os.symlink(os.path.join(shapes_run, name), root / "other" / name)
     state = torch.load(os.path.join(shapes_run, "autoencoder.pt"), weights_only=True)
     torch.save(state | dict(encodings=None), root / "bare" / "autoencoder.pt")
+    torch.save(state | dict(encodings=None, step=2), root / "half" / "autoencoder.pt")
     return dict(run=shapes_run, videos=video_folder,
-                **{name: root / name for name in ("empty", "swapped", "other", "bare")})
+                **{name: root / name for name in ("empty", "swapped", "other", "bare", "half")})
 
 
 @pytest.mark.parametrize("command, words", MISTAKES)

@@ -647,7 +647,7 @@ def test_encoding_that_was_broken_off_goes_on_and_writes_the_same_bytes(processe
         assert status == -signal.SIGKILL
     else:
         assert status == 130 and "stopped while encoding: --encode goes on" in output
-    with pytest.raises(InputError, match="has no complete encodings: make them with"):
+    with pytest.raises(InputError, match="has no complete encodings: finish stage 1 with"):
         EncodedClips(str(run))
     done = sorted((run / "encodings").glob("shard-*.safetensors"))
     assert len(done) < 3 or at[1] == "save_checkpoint"
