@@ -284,7 +284,7 @@ MISTAKES = [  # command, words of the one line
     ("autoencoder.py --run-dir {run}", "exists: --resume goes on"),
     ("autoencoder.py --run-dir {run} --resume --width 32", "trained with --width 16, not 32"),
     ("autoencoder.py --encode --run-dir {empty}", "no {empty}/autoencoder.pt"),
-    ("autoencoder.py --encode --run-dir {half}", "stopped after step 2 of 4: finish it with --resume, or add --steps 2"),
+    ("autoencoder.py --encode --run-dir {half}", "stopped after step 2 of 4: finish it with --resume"),
     ("content_diffusion.py --run-dir {empty}", "no {empty}/autoencoder.pt"),
     ("content_diffusion.py --run-dir {run}", "exists: --resume goes on"),
     ("content_diffusion.py --run-dir {run} --preset ucf101 --resume", "trained with --preset shapes, not ucf101"),
