@@ -317,6 +317,9 @@ def check_flags(args, saved):
     pixels, preset = args.channels == 3, f"--preset {args.preset}"
     if not args.data:
         raise InputError(f"{preset} needs --data: a folder of videos or a CSV of captions")
+    if saved and saved["step"] >= args.steps and not args.encode and args.data != saved["args"]["data"]:
+        raise InputError(f"stage 1 is trained, on {saved['args']['data']}: add --encode to encode {args.data} with it, "
+                         "or choose another --run-dir")
     if args.encode and saved["step"] < args.steps:
         raise InputError(f"stage 1 stopped after step {saved['step']} of {args.steps}: finish it with --resume, or add "
                          f"--steps {saved['step']} to encode with it as it is")

@@ -422,7 +422,8 @@ def load_clip(path, device="cpu"):
         try:
             model, prepare = clip.load(path, "cpu")
         except Exception:  # a damaged file can raise anything
-            raise data.InputError(f"{path} is not a CLIP file such as {clip.clip._MODELS['ViT-B/32']}") from None
+            raise data.InputError(f"{path} does not exist or is not a CLIP file such as "
+                                 f"{clip.clip._MODELS['ViT-B/32']}") from None
     return model.float().to(device), prepare, clip.tokenize
 
 

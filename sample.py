@@ -140,7 +140,7 @@ def flags():
     add("--prompts", help="file with one prompt a line")
     add("--negative-prompt", default="", help="text to steer away from, in place of the empty prompt")
     add("-n", "--num", type="count", help="clips in all; torchrun takes only -n (default: 24; 4 with --prompt; with "
-        "--prompts one for each)")
+        "--prompts one clip for each)")
     add("--image", help="picture to animate: it is the content frame")
     add("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
     add("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
@@ -269,7 +269,7 @@ def main():
         os.makedirs(path, exist_ok=True)
 
     if rank == 0:
-        print(f"{len(wishes)} clip{'s' * (len(wishes) > 1)}, {device}, {dtype}, {sampler.compiled}")
+        print(f"{len(wishes)} clip{'s' * (len(wishes) > 1)} from {args.run_dir}; {device}, {dtype}, {sampler.compiled}")
     shown, drawn, jobs = [], {}, []
     most = max(1, min(24, 2**21 // (size[0] * size[1])))  # clips in the overview: large ones would make it huge
     batches = [range(len(wishes))[n : n + args.batch_size] for n in range(0, len(wishes), args.batch_size)][rank::world]

@@ -284,6 +284,7 @@ MISTAKES = [  # command, words of the one line
     ("autoencoder.py --run-dir {run}", "exists: --resume goes on"),
     ("autoencoder.py --run-dir {run} --resume --width 32", "trained with --width 16, not 32"),
     ("autoencoder.py --encode --run-dir {empty}", "no {empty}/autoencoder.pt"),
+    ("autoencoder.py --run-dir {run} --resume --data {videos}", "trained, on shapes: add --encode to encode {videos}"),
     ("autoencoder.py --encode --run-dir {half}", "stopped after step 2 of 4: finish it with --resume"),
     ("content_diffusion.py --run-dir {empty}", "no {empty}/autoencoder.pt"),
     ("content_diffusion.py --run-dir {run}", "exists: --resume goes on"),

@@ -32,7 +32,7 @@ def main():
     parser = data.Flags(__doc__)
     parser.add_argument("source", help="MSR-VTT's .json, or a CSV of captions")
     parser.add_argument("prompts", help="file to write")
-    parser.add_argument("--num", type="count", help="so many videos (default: all)")
+    parser.add_argument("--num", type="count", help="number of videos (default: all)")
     parser.add_argument("--seed", type="whole", default=0, help="of the choice")
     args = parser.parse_args()
     rng, captions = np.random.default_rng(args.seed), read_captions(args.source)

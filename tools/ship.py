@@ -1,4 +1,4 @@
-"""Makes pretrained/shapes, from which sample.py draws until runs/shapes is trained: a run's weights alone, in half
+"""Makes pretrained/shapes, from which sample.py draws until there is a runs/shapes/autoencoder.pt: a run's weights alone, in half
 precision, the averaged ones of stages 2 and 3.
 
     python tools/ship.py runs/shapes
