@@ -260,7 +260,8 @@ PAPER = dict(  # table 5 and appendix B; the number of steps is ours, the paper 
 )
 # Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each token, upsampled, because with
 # one for each pixel so small a model hides information in the content frame as a fine periodic pattern (the README has
-# a picture); noise on the motion latent, so that the decoder tolerates small errors of the motion model; MSE, a higher learning rate that decays, Adam's usual first beta: this training is short.
+# a picture); noise on the motion latent, so that the decoder tolerates small errors of the motion model; MSE, a higher
+# learning rate that decays, Adam's usual first beta: this training is short.
 SHAPES = dict(
     data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
     smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay_steps=1400,
