@@ -353,7 +353,7 @@ class VideoFiles(torch.utils.data.Dataset):
             except BadVideo as e:
                 fault = f"{getattr(file, 'name', file)}: {e}"
                 if not self.named[chosen]:
-                    print(f"\nleft out: {printable(fault)}", file=sys.stderr, flush=True)
+                    print(printable(f"left out: {fault}"), file=sys.stderr, flush=True)
                 self.named[chosen] = True
         if self.replace:
             raise InputError(f"20 videos in a row cannot be used; the last is {fault}")
