@@ -1,5 +1,5 @@
-"""Makes pretrained/shapes, from which sample.py draws until there is a runs/shapes/autoencoder.pt: a run's weights alone, in half
-precision, the averaged ones of stages 2 and 3.
+"""Makes pretrained/shapes, from which sample.py draws until there is a runs/shapes/autoencoder.pt: a run's
+weights alone, in half precision, the averaged ones of stages 2 and 3.
 
     python tools/ship.py runs/shapes
 """
