@@ -8,6 +8,8 @@ import os
 import random
 import socket
 import sys
+import threading
+from multiprocessing.connection import wait
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +48,7 @@ def play(arguments, environment, outputs, folder):
 def script(tmp_path_factory):
     """script("sample.py", "--run-dir", path, ...) runs a script in a process of its own, as a user would, but without
     the seconds of importing torch, and returns its returncode, stdout and stderr."""
-    outcomes, count = tmp_path_factory.mktemp("outputs"), itertools.count()
+    outcomes, count, alone = tmp_path_factory.mktemp("outputs"), itertools.count(), threading.Lock()
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(["torch._dynamo", "sample", "fvd"])
 
@@ -54,10 +56,12 @@ def script(tmp_path_factory):
         number = next(count)
         outputs = [outcomes / f"{number}-{name}.txt" for name in ("out", "err")]
         process = fork.Process(target=play, args=([*map(str, arguments)], dict(os.environ), outputs, folder))
-        process.start()
-        process.join(300)
-        assert process.exitcode is not None, f"hangs: {outputs[1].read_text()}"
-        return SimpleNamespace(returncode=process.exitcode, **{
+        with alone:  # start() and join() read the exit codes of other threads' processes too; who comes second gets 255
+            process.start()
+        assert wait([process.sentinel], 300), f"hangs: {outputs[1].read_text()}"
+        with alone:
+            returncode = process.exitcode
+        return SimpleNamespace(returncode=returncode, **{
             name: path.read_text() for name, path in zip(("stdout", "stderr"), outputs)})
 
     return call
