@@ -16,8 +16,9 @@ Where we differ, and why: all videos are resized to the size of FAKE (--size), s
 measure the size; FAKE's clips are random too, where StyleGAN-V takes the first frames; --num picks a random subset,
 since the first 2,048 files of UCF-101 cover only 20 classes, and takes further clips of the same videos where REAL has
 fewer (UCF-101's 9,537, of 10,000); FAKE should be sample.py's --lossless files, and the line names their codec, since
-an .mp4 loses what FVD sees; matrix square roots use eigenvectors in float64, not
-sqrtm. FVD depends on N and all else that the result's line states: compare only numbers whose lines agree.
+an .mp4 loses what FVD sees; --stride is of REAL alone, since generated clips have the stride of their training videos;
+matrix square roots use eigenvectors in float64, not sqrtm. FVD depends on N and all else that the result's line states:
+compare only numbers whose lines agree.
 """
 
 import contextlib
@@ -45,7 +46,7 @@ class Statistics:
     """Mean (D,) and covariance (D, D) of N features that arrive in batches, in float64. outer: the sum of the outer
     products of the centered features. meta: how the features were made, by FIELDS."""
 
-    FIELDS = ("frames", "size", "stride", "seed", "kind", "name", "detector", "videos", "codec")
+    FIELDS = ("frames", "size", "stride", "seed", "kind", "name", "detector", "videos", "split", "codec")
 
     def __init__(self, **meta):
         self.num, self.mean, self.outer, self.meta = 0, 0.0, 0.0, meta
@@ -293,9 +294,9 @@ def read_frames(folder, frames, size=None, stride=1, rng=None):
 class VideoSet:
     """REAL or FAKE. paths: {stem: path in the folder}, in natural order; a stem is a path without a video's ending."""
 
-    def __init__(self, folder, args, split=None):
-        self.folder, self.args = folder, args
-        if folder == "shapes" and args.stride > 1:
+    def __init__(self, folder, args, split=None, stride=1):
+        self.folder, self.args, self.split, self.stride = folder, args, os.path.basename(split or ""), stride
+        if folder == "shapes" and stride > 1:
             raise data.InputError("--stride does not apply to the embedded shapes: drop it")
         if folder == "shapes":
             files = [str(index) for index in range(len(data.MovingShapes(split="test")))]
@@ -319,7 +320,7 @@ class VideoSet:
         rng = None if first else np.random.default_rng([args.seed, zlib.crc32(os.fsencode(stem)) + number])
         path = os.path.join(self.folder, self.paths[stem])
         read = read_frames if os.path.isdir(path) else data.read_clip
-        return read(path, args.frames, size, args.stride, rng)
+        return read(path, args.frames, size, self.stride, rng)
 
     def codec(self):
         """Of the first video that can be opened: what its frames went through. "none" for images."""
@@ -389,15 +390,15 @@ def statistics(videos, label, detector, size, args):
     """The Statistics of a VideoSet's features."""
     features = for_each_video(videos, lambda stem, number: videos.read(stem, size, number=number), detector, args,
                               f"{label}, {KINDS[detector.kind][0]}", several=label == "REAL")
-    return Statistics(frames=args.frames, size=list(size), stride=args.stride, seed=args.seed, kind=detector.kind,
+    return Statistics(frames=args.frames, size=list(size), stride=videos.stride, seed=args.seed, kind=detector.kind,
                       name=os.path.basename(args.i3d), detector=detector.checksum, videos=len(videos.paths),
-                      codec=videos.codec()).add(features)
+                      split=videos.split, codec=videos.codec()).add(features)
 
 
 def fvd_line(real, fake, args):
     """From Statistics; InputError if they were made differently. Warns of what may mislead."""
     meta, features, few = fake.meta, len(real.mean), min(real.num, fake.num)
-    for name in ("frames", "size", "stride", "kind", "detector"):
+    for name in ("frames", "size", "kind", "detector"):
         if real.meta[name] != meta[name]:
             raise data.InputError(f"REAL and FAKE cannot be compared: {name} {real.meta[name]} against {meta[name]}")
     if few <= features:
@@ -405,12 +406,12 @@ def fvd_line(real, fake, args):
     if real.num != fake.num:
         data.print_once(f"warning: {real.num} real videos, {fake.num} fake: FVD's bias depends on both, see --num")
     height, width = meta["size"]
-    clips = (f"several random clips of each of {real.meta['videos']} real videos" if real.num > real.meta["videos"]
-             else "one random clip of each video")
-    return (f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake videos | {meta['frames']} frames, "
-            f"{height}x{width}, stride {meta['stride']}, seed {meta['seed']}; codecs: real {real.meta['codec']}, fake "
-            f"{meta['codec']} | {KINDS[meta['kind']][0]}, {meta['name']}: {features} numbers before the softmax; "
-            f"{clips}; covariance over N")
+    listed = f" in {real.meta['split']}" if real.meta["split"] else ""
+    return (f"FVD {frechet(real, fake):.2f} | {real.num} real, {fake.num} fake clips | {meta['frames']} frames, "
+            f"{height}x{width}, seed {meta['seed']}; strides: real {real.meta['stride']}, fake {meta['stride']}; "
+            f"codecs: real {real.meta['codec']}, fake {meta['codec']} | {KINDS[meta['kind']][0]}, {meta['name']}: "
+            f"{features} numbers before the softmax; random clips, real ones of {real.meta['videos']} videos{listed}; "
+            "covariance over N")
 
 
 def load_clip(path, device="cpu"):
@@ -463,7 +464,8 @@ def flags():
         "clips of them; torchrun accepts only -n")
     add("--frames", type="count", default=16, help="L, frames in a clip")
     add("--size", type="count", nargs="+", help="resize and crop to N, or to H W; without it, to FAKE's first video")
-    add("--stride", type="count", default=1, help="take every n-th frame of the video")
+    add("--stride", type="count", default=1, help="take every n-th frame of REAL's videos, as stage 1 did with its "
+        "--stride; FAKE's are taken as they are")
     add("--seed", type="whole", default=0, help="random seed for the choice of videos and clips, and for shapes")
     add("--split", help="path of a list of the videos of REAL to use, such as UCF-101's trainlist01.txt")
     add = parser.add_argument_group("FVD").add_argument
@@ -490,15 +492,15 @@ def main(argv=None):
     if args.save and not os.access(os.path.dirname(args.save) or ".", os.W_OK):  # checked before the long computation
         raise data.InputError(f"--save {args.save}: no such folder, or it is read-only")
     if args.clipsim:
-        line = clipsim_line(VideoSet(args.fake or args.real, args), args)
+        line = clipsim_line(VideoSet(args.fake or args.real, args, stride=args.stride), args)
     elif not args.fake or not args.i3d:
         raise data.InputError("give REAL, FAKE and --i3d FILE (--help says where to get it), or --clipsim")
     else:
         detector = load_detector(args.i3d, args.device)
         if detector.kind != "torchscript" and args.frames < 9:
             raise data.InputError(f"I3D needs at least 9 frames: --frames {args.frames} is too few")
-        real, fake = (Statistics.load(path) if path.endswith(".npz") else VideoSet(path, args, split)
-                      for path, split in ((args.real, args.split), (args.fake, None)))
+        real, fake = (Statistics.load(path) if path.endswith(".npz") else VideoSet(path, args, *how)
+                      for path, *how in ((args.real, args.split, args.stride), (args.fake,)))
         sizes = [stats.meta["size"] for stats in (real, fake) if isinstance(stats, Statistics)]
         size = args.size or (sizes[0] if sizes else fake.native_size())
         if isinstance(real, VideoSet):

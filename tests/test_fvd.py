@@ -461,11 +461,11 @@ def test_the_number_is_that_of_the_features_computed_one_by_one(folders, tiny, c
             rows.append(detector([np.stack(clip)])[0])
         sets.append(np.array(rows))
     assert [len(rows) for rows in sets] == [29, 26]
-    value = float(re.match(r"FVD ([\d.]+) \| 29 real, 26 fake videos \| 16 frames, 24x24", out)[1])
+    value = float(re.match(r"FVD ([\d.]+) \| 29 real, 26 fake clips \| 16 frames, 24x24", out)[1])
     assert value == pytest.approx(fvd.frechet_distance(*sets), abs=0.006)
     assert "1 left out, too short or unreadable" in err and "has 5 frames, 16 needed" in err
     assert "29 real videos, 26 fake" in err and "rank-deficient" in err
-    assert out.count("\n") == 1 and "one random clip" in out and "TorchScript" in out
+    assert out.count("\n") == 1 and "random clips, real ones of" in out and "TorchScript" in out
 
 
 def test_one_and_two_ranks_print_the_same_line(folders, tiny, tmp_path):
@@ -528,7 +528,7 @@ def test_video_files_are_read_at_any_depth_grey_and_odd_sizes_included(tiny, cap
     out, err = fid(capsys, tmp_path / "real", tmp_path / "real", "--i3d", tiny, "--size", "24")
     assert out.startswith("FVD 0.00 | 6 real, 6 fake") and "1 left out" in err and "broken.mp4" in err
     out, err = fid(capsys, tmp_path / "real", tmp_path / "real", "--i3d", tiny, "--frames", "5")
-    assert re.search(r"\| 5 frames, \d\dx\d\d, stride 1", out)
+    assert re.search(r"\| 5 frames, \d\dx\d\d, seed 0; strides: real 1, fake 1", out)
 
 
 def test_a_gif_beside_its_mp4_is_the_same_video(tiny, capsys, tmp_path):
@@ -550,7 +550,20 @@ def test_a_split_chooses_the_videos_of_real(tiny, capsys, tmp_path):
         os.rename(path.with_suffix(".mp4"), path)
     (tmp_path / "trainlist01.txt").write_text("Class0/v_0.avi 1\nClass1/v_1.avi 2\nClass0/v_4.avi 1\n")
     out, _ = fid(capsys, tmp_path / "real", tmp_path / "real", "--split", tmp_path / "trainlist01.txt", "--i3d", tiny)
-    assert "3 real, 6 fake" in out
+    assert "3 real, 6 fake" in out and "real ones of 3 videos in trainlist01.txt;" in out
+
+
+def test_the_stride_is_of_real_alone_since_generated_clips_have_it_already(tiny, capsys, tmp_path):
+    for folder, stride in (("real", 1), ("fake", 2)):  # the same 17 frames, and what stage 1 takes of them
+        (tmp_path / folder).mkdir()
+        for index in range(3):
+            clip = data.MovingShapes(17, 32)[index]["video"][:, ::stride]
+            data.write_video(str(tmp_path / folder / f"{index}.mkv"), clip, 8)
+    flags = [tmp_path / "real", tmp_path / "fake", "--i3d", tiny, "--frames", "9"]
+    out, _ = fid(capsys, *flags, "--stride", "2", "--save", tmp_path / "real.npz")
+    assert out.startswith("FVD 0.00 | 3 real, 3 fake clips") and "strides: real 2, fake 1;" in out
+    assert fid(capsys, tmp_path / "real.npz", *flags[1:])[0] == out
+    assert "FVD 0.00 " not in fid(capsys, *flags)[0]
 
 
 def test_a_real_set_of_few_videos_gives_several_clips_of_each_and_the_line_names_both_codecs(tiny, capsys, tmp_path):
@@ -561,7 +574,7 @@ def test_a_real_set_of_few_videos_gives_several_clips_of_each_and_the_line_names
             data.write_video(str(tmp_path / folder / f"{index}.{ending}"), clip, 8)
     flags = ["--i3d", tiny, "--frames", "9"]
     out, _ = fid(capsys, tmp_path / "real", tmp_path / "fake", *flags, "--num", "5", "--save", tmp_path / "real.npz")
-    assert "5 real, 5 fake" in out and "several random clips of each of 3 real videos" in out
+    assert "5 real, 5 fake" in out and "random clips, real ones of 3 videos;" in out
     assert "codecs: real h264, fake ffv1" in out
     detector, order, rows = fvd.load_detector(tiny), np.random.default_rng(0).permutation(3), []
     for number, index in [*((0, i) for i in order), (1, order[0]), (1, order[1])]:
@@ -571,7 +584,7 @@ def test_a_real_set_of_few_videos_gives_several_clips_of_each_and_the_line_names
     expected = fvd.Statistics().add(rows).cov
     np.testing.assert_allclose(fvd.Statistics.load(tmp_path / "real.npz").cov, expected, atol=1e-6)
     out, _ = fid(capsys, tmp_path / "fake", tmp_path / "real", *flags, "--num", "5")  # of FAKE each video counts once
-    assert "5 real, 3 fake" in out and "one random clip of each video" in out
+    assert "5 real, 3 fake" in out and "real ones of 5 videos;" in out
 
 
 def test_mistakes_cost_one_line(folders, tiny, tmp_path, capsys):

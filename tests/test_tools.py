@@ -43,7 +43,7 @@ def test_each_variation_of_fvd_is_what_fvd_py_gives_for_data_changed_in_that_way
 
     expected = {
         "as fvd.py does it": figure("real", "fake", tiny),
-        "another seed: other clips of REAL": figure("real", "fake", tiny, "--seed", "1"),
+        "another seed: other clips": figure("real", "fake", tiny, "--seed", "1"),
         "first frames of REAL's videos, not random ones": figure("first", "fake", tiny),
         "codec: FAKE through .mp4 (H.264)": figure("real", "recoded", tiny, "--size", "16"),
         "detector: I3D as VideoGPT, TATS and PVDM use it": figure("real", "fake", i3d),

@@ -4,9 +4,9 @@
     python tools/variations.py REAL FAKE --i3d i3d_torchscript.pt i3d_pretrained_400.pt     # a second detector as well
     python tools/variations.py shapes samples --i3d random --num 24                         # try it out
 
-Each line changes one thing, and says by how much that moves the figure. `another seed` draws other clips: what moves
-the figure no more than this is noise. Rows that resize REAL are left out where it has FAKE's size already. About ten
-times the work of fvd.py.
+Each line changes one thing, and says by how much that moves the figure. `another seed` takes other clips of REAL, and
+of FAKE where it has more than --num: what moves the figure no more than this is noise. Rows that resize REAL are left
+out where it has FAKE's size already. About ten times the work of fvd.py.
 """
 
 import os
@@ -96,7 +96,7 @@ class Scores:
 def table(scores):
     """Yields (what is varied, FVD, its N); the first is fvd.py's own."""
     yield "as fvd.py does it", *scores.fvd()
-    yield "another seed: other clips of REAL", *scores.fvd(seed=scores.args.seed + 1)
+    yield "another seed: other clips", *scores.fvd(seed=scores.args.seed + 1)
     for share in (0.5, 0.25):
         yield f"N: {share:.0%} of the clips of both", *scores.fvd(share=share)
     yield "covariance over N - 1", *scores.fvd(less=1)
@@ -127,7 +127,7 @@ def main(argv=None):
     add("--workers", type="count", default=4, help="threads that read videos")
     args = parser.parse_args(argv)
     args.rank, args.world, args.device, _ = data.start(args)
-    real, fake = fvd.VideoSet(args.real, args, args.split), fvd.VideoSet(args.fake, args)
+    real, fake = fvd.VideoSet(args.real, args, args.split, args.stride), fvd.VideoSet(args.fake, args)
     detectors = [fvd.load_detector(path, args.device) for path in args.i3d]
     scores, base = Scores(args, real, fake, detectors, args.size or list(fake.native_size())), None
     print(f"{args.real} against {args.fake}, {args.frames} frames of {scores.size[0]}x{scores.size[1]}, codecs "
