@@ -724,13 +724,16 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
     the folder that its paths start from. Test clips, in random order, are those of testlistNN.txt where --split is
     trainlistNN.txt and the other lies beside it; otherwise one file in fifty, at most 64, is kept out of training.
     seed: of training, which it depends on."""
+    captioned = captions or data.endswith((".csv", ".tar")) or glob.glob(f"{glob.escape(data)}/*.tar")
+    if split and (captioned or data in ("shapes", "shapes_text")):
+        raise InputError(f"--split chooses among the videos of a folder, and --data {data} is not one: drop it")
     if data in ("shapes", "shapes_text"):
         train, test = (MovingShapes(frames, size, seed, split, data != "shapes") for split in ("train", "test"))
         return train, None, test, range(len(test))
     if not os.path.isdir(data) and not (os.path.isfile(data) and data.endswith((".csv", ".tar"))):
         raise InputError(f"--data {data} does not exist, or is not a folder of videos, a .csv or a .tar ('shapes' and "
                          "'shapes_text' are the embedded sets); if it moved since training, give its new place")
-    if captions or data.endswith((".csv", ".tar")) or glob.glob(f"{glob.escape(data)}/*.tar"):
+    if captioned:
         dataset = CaptionedVideos(captions or data, data if captions else None, frames, size, stride, seed)
     else:
         dataset = VideoFolder(data, frames, size, split, stride, seed)

@@ -164,8 +164,8 @@ def flags():
         help="of the two diffusion models (default: bfloat16 on a GPU, float32 on a CPU)")
     add = parser.add_argument_group("output").add_argument
     add("--out", help="folder (default: a new one in the run folder)")
-    add("--fps", type="count", help="frames per second (default: the training videos' divided by stage 1's "
-        "--stride, so that things move at their own speed)")
+    add("--fps", type="count", help="frames per second (default: the training videos', or --data's, divided by stage "
+        "1's --stride, so that things move at their own speed)")
     add("--lossless", action="store_true", help="write .mkv files that keep every bit, for scoring, in place of .mp4")
     return parser
 
@@ -244,8 +244,7 @@ def main():
     for line in sampler.unfinished if rank == 0 else ():
         print(f"{args.run_dir}/{line}")
     trained = sampler.state["args"]
-    args.fps = args.fps or sampler.state.get("fps", 8)  # version 0.2 did not save it
-    size = trained["size"]  # [H, W] in pixels
+    size, fps = trained["size"], sampler.state.get("fps", 8)  # [H, W] in pixels; version 0.2 did not save fps
 
     real = None
     if args.reconstruct or args.predict_motion:
@@ -256,6 +255,7 @@ def main():
         if (args.data or args.split) and indices is not None:  # else the test clips
             real, chosen = everything, np.random.default_rng(args.seed).permutation(len(everything))
         wishes, captions = [int(n) for n in chosen[: args.num or 24]], {}
+        fps = everything.frame_rate() if args.data else fps
         if rank == 0 and len(wishes) < (args.num or 0):
             print(f"{len(wishes)} clips, not {args.num}: the data set has no more")
     else:
@@ -263,7 +263,7 @@ def main():
         wishes, names = read_wishes(args, with_text, sampler.state["classes"])
         captions = dict(enumerate(names))
     picture = to_frames(read_image(args.image, size).to(device), sampler.image)[:, :, 0] if args.image else None
-    folder = new_folder(args, rank, world)
+    folder, args.fps = new_folder(args, rank, world), args.fps or fps
     fake, ending = f"{folder}/fake" if real else folder, "mkv" if args.lossless else "mp4"
     for path in (f"{folder}/real", fake) if real else [fake]:
         os.makedirs(path, exist_ok=True)

@@ -146,6 +146,7 @@ def test_all_of_an_explicit_data_set_or_split_is_used_and_lossless_files_hold_it
         assert f"{3 if lines else 9} clips, not 200: the data set has no more" in done.stdout
     assert len(os.listdir(tmp_path / "all" / "real")) == 9  # of nine files, one is broken and replaced by another
     written = [read_clip(str(tmp_path / "some" / "real" / f"0000{i}.mkv"), 6) for i in range(3)]
+    assert rate_of(tmp_path / "some" / "real" / "00000.mkv") == 10  # theirs, not the 8 of the run's shapes
     dataset = VideoFolder(video_folder, 6, 16, tmp_path / "list.txt")
     expected = [dataset[int(i)]["video"] for i in np.random.default_rng(0).permutation(3)]
     assert all(np.array_equal(clip, to_uint8(video)) for clip, video in zip(written, expected))
@@ -305,6 +306,7 @@ MISTAKES = [  # command, words of the one line
     ("sample.py --run-dir {run} --fps 0", "0 must be a whole number from 1"),
     ("sample.py --run-dir {run} --sampler dpm++ --eta 0.5", "deterministic"),
     ("sample.py --run-dir {run} --reconstruct --label square", "--label does not go with real clips: drop it"),
+    ("sample.py --run-dir {run} --reconstruct --split list.txt", "--data shapes is not one: drop it"),
     ("sample.py --run-dir {run} --reconstruct --predict-motion", "give only one of --reconstruct and --predict-motion"),
     ("sample.py --run-dir {run} --out {run}/motion.csv/out", "Not a directory: '{run}/motion.csv/out'"),
 ]

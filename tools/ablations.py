@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python tools/ablations.py out/ablations --seeds 3      # repeat the command to go on
 
 Trains what each row of tables 4a, 4b, 4c and 11 and figure 12 needs, draws --num clips of each without loss, and scores
-them with judge.py, whose real clips no run sees. After each seed's rows it writes, into the folder, scores.csv (a line
-for each seed and row), table.md (mean and standard deviation over the seeds) and ablations.png (the same with error
-bars). Everything is drawn by 20 steps of DPM-Solver++, nearer to 1000 of DDIM than the default 50 are.
+them with judge.py, whose real clips no run sees. After each row it writes, into the folder, scores.csv (a line for each
+seed and row), table.md (mean and standard deviation over the seeds) and ablations.png (the same with error bars).
+Everything is drawn by 20 steps of DPM-Solver++, nearer to 1000 of DDIM than the default 50 are.
 
 A row is compared with its table's first. Where the difference of the means is not more than the two deviations
 together, so that the error bars touch, the verdict is `not shown`. Measures, each of which has its own verdict:
@@ -213,12 +213,12 @@ def verdict(scores, name, first, measure):
     return "better" if (a - b) * MEASURES[measure] > 0 else "worse"
 
 
-def write_table(path, scores, num):
+def write_table(path, scores):
     seeds, hours = len({seed for seed, _ in scores}), 0
     for done in glob.glob(f"{os.path.dirname(path)}/seed*/**/*.done", recursive=True):
         with open(done) as file:
             hours += int(file.read()) / 3600
-    lines = [f"{seeds} seeds, {num} clips each, {hours:.1f} hours; mean and standard deviation over the seeds. `not "
+    lines = [f"{seeds} seeds, {hours:.1f} hours; mean and standard deviation over the seeds. `not "
              "shown`: the difference from the table's first row is not more than the two deviations together.", ""]
     for table, rows in TABLES.items():
         lines += [f"**{table}**", "", "| | distance | | PSNR, dB | | motion right | variety | the paper |",
@@ -280,8 +280,8 @@ def main():
                     draw(folder, name, seed, args.num, args.tiny)
                 scores[seed, name] = expert.score(*read_clips(name, f"{folder}/samples/{name}", seed, args.num))
                 write_scores(f"{args.folder}/scores.csv", scores)
-                write_table(f"{args.folder}/table.md", scores, args.num)
-                write_picture(f"{args.folder}/ablations.png", scores)
+            write_table(f"{args.folder}/table.md", scores)
+            write_picture(f"{args.folder}/ablations.png", scores)
     print(f"{args.folder}/table.md and ablations.png: {args.seeds} seeds")
 
 

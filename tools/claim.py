@@ -73,7 +73,7 @@ def measure(args, path):
                     shutil.rmtree(out, ignore_errors=True)
                     data.write_lines(f"{run}/prompts.txt", prompts)
                     call("sample.py", "--run-dir", run, "--prompts", f"{run}/prompts.txt", "--seed", seed, "--out", out,
-                         *"--sampler dpm++ --steps 20 --motion-steps 20".split())
+                         *"--lossless --sampler dpm++ --steps 20 --motion-steps 20".split())
                     scores = {name: round(float(x), 4) for name, x in score_prompts(model, *read_clips(out)).items()}
                     row = dict(start=start, seed=seed, steps=steps, prompts=kind, clips=len(prompts)) | scores
                     rows.append({name: row[name] for name in COLUMNS})

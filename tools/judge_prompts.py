@@ -1,10 +1,10 @@
 """Scores clips of prompts of the preset shapes_text, such as "a red circle moving left".
 
     python tools/judge_prompts.py --prompts seen > seen.txt
-    python sample.py --run-dir runs/shapes_text --prompts seen.txt --num 240 --out out/seen
+    python sample.py --run-dir runs/shapes_text --prompts seen.txt --num 240 --lossless --out out/seen
     python tools/judge_prompts.py out/seen
 
-Two minutes on 2 cores. A classifier, trained on real clips of all colours, shapes and motions, reads all three. For
+Three minutes, on one core. A classifier, trained on real clips of all colours, shapes and motions, reads all three. For
 each folder it prints the share of clips whose colour, shape, motion and all three are as named (what a prompt does not
 name counts as right), the deviation of colours and places within a prompt, divided by that of real clips, and how often
 it found each.
