@@ -147,6 +147,7 @@ STANDS_IN = {  # what a reader brings: what makes a small one of that name, give
     "webvid_val": captioned_clips,
     "test_videodatainfo.json": msrvtt,
     "prompts.txt": copy_of("files", "prompts.txt"),
+    "seen.txt": copy_of("files", "prompts.txt"),
     "photo.jpg": lambda path, _: Image.new("RGB", (100, 70), (200, 30, 30)).save(path),
     "drawing.png": lambda path, _: Image.new("RGB", (40, 40), (200, 30, 30)).save(path),
     "v1-5-pruned.safetensors": sd15,
@@ -293,7 +294,7 @@ def find(name, modules):
 
 FILES = tuple(".pt .pth .txt .csv .bin .safetensors .ckpt .gif .png .mp4 .mkv .jpg .md .json".split())
 # In backquotes, and neither a function nor a class of ours:
-WORDS = {"clip", "frame", "ucfTrainTestlist", "test_loss", "webvid_sd15", "shapes_text"}
+WORDS = {"clip", "frame", "ucfTrainTestlist", "loss", "test_loss", "webvid_sd15", "shapes_text"}
 
 
 def test_every_file_name_and_flag_in_the_readme_s_prose_exists():
