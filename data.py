@@ -726,7 +726,7 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
     seed: of training, which it depends on."""
     captioned = captions or data.endswith((".csv", ".tar")) or glob.glob(f"{glob.escape(data)}/*.tar")
     if split and (captioned or data in ("shapes", "shapes_text")):
-        raise InputError(f"--split chooses among the videos of a folder, and --data {data} is not one: drop it")
+        raise InputError(f"--split is for a folder of videos without captions, and --data {data} is not one: drop it")
     if data in ("shapes", "shapes_text"):
         train, test = (MovingShapes(frames, size, seed, split, data != "shapes") for split in ("train", "test"))
         return train, None, test, range(len(test))

@@ -296,8 +296,8 @@ class VideoSet:
 
     def __init__(self, folder, args, split=None, stride=1):
         self.folder, self.args, self.split, self.stride = folder, args, os.path.basename(split or ""), stride
-        if folder == "shapes" and stride > 1:
-            raise data.InputError("--stride does not apply to the embedded shapes: drop it")
+        if folder == "shapes" and (split or stride > 1):
+            raise data.InputError("--split and --stride do not apply to the embedded shapes: drop them")
         if folder == "shapes":
             files = [str(index) for index in range(len(data.MovingShapes(split="test")))]
         else:
@@ -401,6 +401,9 @@ def fvd_line(real, fake, args):
     for name in ("frames", "size", "kind", "detector"):
         if real.meta[name] != meta[name]:
             raise data.InputError(f"REAL and FAKE cannot be compared: {name} {real.meta[name]} against {meta[name]}")
+    for name, wanted in (("stride", args.stride), ("split", os.path.basename(args.split or "") or real.meta["split"])):
+        if real.meta[name] != wanted:  # of a .npz
+            raise data.InputError(f"REAL was made with --{name} {real.meta[name]!r}, not {wanted!r}")
     if few <= features:
         data.print_once(f"warning: {few} videos, {features} features: covariance is rank-deficient, FVD far too high")
     if real.num != fake.num:
@@ -464,8 +467,8 @@ def flags():
         "clips of them; torchrun accepts only -n")
     add("--frames", type="count", default=16, help="L, frames in a clip")
     add("--size", type="count", nargs="+", help="resize and crop to N, or to H W; without it, to FAKE's first video")
-    add("--stride", type="count", default=1, help="take every n-th frame of REAL's videos, as stage 1 did with its "
-        "--stride; FAKE's are taken as they are")
+    add("--stride", type="count", default=1, help="take every n-th frame of REAL's videos (of a single folder's with "
+        "--clipsim), as stage 1 did with its --stride; FAKE's are taken as they are")
     add("--seed", type="whole", default=0, help="random seed for the choice of videos and clips, and for shapes")
     add("--split", help="path of a list of the videos of REAL to use, such as UCF-101's trainlist01.txt")
     add = parser.add_argument_group("FVD").add_argument

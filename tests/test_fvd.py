@@ -562,7 +562,11 @@ def test_the_stride_is_of_real_alone_since_generated_clips_have_it_already(tiny,
     flags = [tmp_path / "real", tmp_path / "fake", "--i3d", tiny, "--frames", "9"]
     out, _ = fid(capsys, *flags, "--stride", "2", "--save", tmp_path / "real.npz")
     assert out.startswith("FVD 0.00 | 3 real, 3 fake clips") and "strides: real 2, fake 1;" in out
-    assert fid(capsys, tmp_path / "real.npz", *flags[1:])[0] == out
+    assert fid(capsys, tmp_path / "real.npz", *flags[1:], "--stride", "2")[0] == out
+    for change, message in (("--stride 1", "--stride 2, not 1"),
+                            ("--stride 2 --split a/b.txt", "--split '', not 'b.txt'")):
+        with pytest.raises(InputError, match=f"REAL was made with {message}"):
+            fid(capsys, tmp_path / "real.npz", *flags[1:], *change.split())
     assert "FVD 0.00 " not in fid(capsys, *flags)[0]
 
 
@@ -598,6 +602,8 @@ def test_mistakes_cost_one_line(folders, tiny, tmp_path, capsys):
         ([tmp_path / "empty", fake, "--i3d", tiny], "none of 0 videos in .*empty"),
         ([tmp_path / "bad.npz", fake, "--i3d", tiny], "bad.npz is not a file that fvd.py --save wrote"),
         ([real, fake, "--i3d", tiny, "--frames", "50"], "50 frames"),
+        (["shapes", fake, "--i3d", tiny, "--split", "list.txt"], "do not apply to the embedded shapes"),
+        (["shapes", fake, "--i3d", tiny, "--stride", "2"], "do not apply to the embedded shapes"),
         ([real, fake, "--i3d", "random", "--frames", "8"], "at least 9 frames"),
         ([real, fake, "--i3d", tiny, "--save", tmp_path / "none" / "real.npz"], "no such folder"),
         ([fake, "--clipsim", "--clip", tmp_path / "none.pt"], "not a CLIP file .*openaipublic"),

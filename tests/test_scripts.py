@@ -307,6 +307,7 @@ MISTAKES = [  # command, words of the one line
     ("sample.py --run-dir {run} --sampler dpm++ --eta 0.5", "deterministic"),
     ("sample.py --run-dir {run} --reconstruct --label square", "--label does not go with real clips: drop it"),
     ("sample.py --run-dir {run} --reconstruct --split list.txt", "--data shapes is not one: drop it"),
+    ("autoencoder.py --split list.txt", "--split is for a folder of videos without captions"),
     ("sample.py --run-dir {run} --reconstruct --predict-motion", "give only one of --reconstruct and --predict-motion"),
     ("sample.py --run-dir {run} --out {run}/motion.csv/out", "Not a directory: '{run}/motion.csv/out'"),
 ]

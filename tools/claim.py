@@ -1,6 +1,6 @@
 """The paper's claim on the shapes: does a pretrained image model make video cheap, and draw what no video contained?
 
-    python tools/claim.py runs/shapes_text                           # two hours on one busy core; goes on where it was stopped
+    python tools/claim.py runs/shapes_text               # two hours on one busy core; goes on where it was stopped
 
 Needs a finished run of the preset shapes_text, whose autoencoder, encodings and motion model it uses. Trains the
 content model again from the tiny Stable Diffusion and from random weights of the same sizes, with three seeds each, and
