@@ -9,58 +9,33 @@ H' = H / patch, W' = W / patch. After training it encodes the data set into the 
     python autoencoder.py --preset ucf101 --data UCF-101             # or a folder of your own videos
     torchrun --nproc-per-node 8 autoencoder.py --preset ucf101 --data UCF-101
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 autoencoder.py ...
-
-Where we differ from the paper: depth 8 and heads 48 wide, the size whose cost its table 8 reports (table 5 prints depth
-12 and heads 64 wide). From the authors' release: positions in both transformers (without them they cannot tell frame 1
-from frame 9, nor left from right), any size and length, no discriminator. What the shapes preset changes is explained
-beside it, below.
 """
 
 import argparse
-import contextlib
+import csv
 import hashlib
 import math
 import os
+import signal
 import sys
+import time
 import zipfile
 from collections import OrderedDict
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import InputError
 
 # ---- The video autoencoder and its loss -----------------------------------------------------------------------------
-
-def norm(function, x, over, weight, bias, eps):
-    """F.layer_norm or F.group_norm, under autocast in its dtype: torch would compute in float32, which takes twice the
-    memory and is hardly more exact, since the kernels sum in float32 anyway. (Not part of the method: skip it.)"""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return function(x, over, weight, bias, eps)
-    dtype = torch.get_autocast_dtype(device)
-    x, weight, bias = (part if part is None else part.to(dtype) for part in (x, weight, bias))
-    with torch.autocast(device, enabled=False):
-        return function(x, over, weight, bias, eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    def forward(self, x):
-        return norm(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
-
-
-class GroupNorm(nn.GroupNorm):
-    def forward(self, x):
-        return norm(F.group_norm, x, self.num_groups, self.weight, self.bias, self.eps)
-
 
 class FeedForward(nn.Module):
     """GEGLU: a second linear layer gates the hidden units."""
@@ -86,23 +61,12 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, L, N, C = x.shape  # N = H' * W' locations
-        # The axis attended over comes next to last, the others become batch and heads. All views, no copies.
+        # The axis attended over comes next to last, the others become batch and heads: over time (B, N*heads, L, d),
+        # over space (B*L, heads, N, d). All views, no copies.
         shape = (B, L, N * self.heads, C // self.heads) if self.over == "time" else (B * L, N, self.heads, -1)
         q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        # Of time: (B, N*heads, L, d), of space: (B*L, heads, N, d)
-        x = attention_in_parts(q, k, v, axis=1 if self.over == "time" else 0)
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.out(x.transpose(1, 2).reshape(B, L, N, C))
-
-
-def attention_in_parts(q, k, v, axis, heads=65_535, buffer=2**31 - 1):
-    """Attention of q, k, v (batch, heads, N, d), in parts along axis 0 or 1 where it exceeds the limits of CUDA's
-    kernels: 65,535 heads, and a buffer of 2**31 values with N and d rounded up to multiples of 128 and 32."""
-    others, N, d = q.shape[1 - axis], -(-q.shape[2] // 128) * 128, -(-q.shape[3] // 32) * 32
-    most = max(1, min(heads, buffer // (others * N * d)))
-    if q.shape[axis] <= most:  # split() would copy all in the backward pass
-        return F.scaled_dot_product_attention(q, k, v)
-    parts = zip(*(x.split(most, axis) for x in (q, k, v)))
-    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], axis)
 
 
 class Block(nn.Module):
@@ -110,9 +74,9 @@ class Block(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.time_norm, self.time = LayerNorm(width), Attention(width, heads, "time")
-        self.space_norm, self.space = LayerNorm(width), Attention(width, heads, "space")
-        self.ff_norm, self.ff = LayerNorm(width), FeedForward(width)
+        self.time_norm, self.time = nn.LayerNorm(width), Attention(width, heads, "time")
+        self.space_norm, self.space = nn.LayerNorm(width), Attention(width, heads, "space")
+        self.ff_norm, self.ff = nn.LayerNorm(width), FeedForward(width)
 
     def forward(self, x):
         x = x + self.time(self.time_norm(x))
@@ -129,7 +93,7 @@ class TimeSformer(nn.Module):
         self.row_position = nn.Parameter(0.02 * torch.randn(grid[0], 1, width))
         self.column_position = nn.Parameter(0.02 * torch.randn(grid[1], width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = LayerNorm(width)
+        self.norm = nn.LayerNorm(width)
         self.checkpointing = False
 
     def forward(self, x):
@@ -160,10 +124,8 @@ class Autoencoder(nn.Module):
         super().__init__()
         height, wide = (size, size) if isinstance(size, int) else size
         if height % patch or wide % patch:
-            raise InputError(f"a frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}: choose a size "
+            raise SystemExit(f"a frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}: choose a size "
                              f"divisible by {patch}")
-        if width % heads:
-            raise InputError(f"width {width} is not divisible by {heads} heads")
         self.channels, self.frames, self.size, self.patch = channels, frames, (height, wide), patch
         self.content, self.smooth, self.squash = content, smooth, squash
         self.grid = (height // patch, wide // patch)  # (H', W')
@@ -195,7 +157,7 @@ class Autoencoder(nn.Module):
     def encode(self, video):
         """video (B, C, L, H, W) -> content (B, C, H, W) within the frames' range, motion (B, D, L, H'+W') in [-1, 1]"""
         if video.shape[1:] != (self.channels, self.frames, *self.size):
-            raise InputError(f"this autoencoder takes clips of (channels, frames, height, width) "
+            raise SystemExit(f"this autoencoder takes clips of (channels, frames, height, width) "
                              f"{(self.channels, self.frames, *self.size)}, not {tuple(video.shape[1:])}")
         u = self.encoder(self.embed(self.patches(video.transpose(1, 2))))  # (B, L, H', W', C')
         z_x = self.to_rows(u.mean(3))  # equation 4, the mean over columns: (B, L, H', D)
@@ -255,7 +217,7 @@ def reconstruction_loss(output, video, kind, lpips=None, chosen=None):
 
 PAPER = dict(  # table 5 and appendix B; the number of steps is ours, the paper says about a week on 8 A100
     frames=16, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False, noise=0.0, lr=1e-5,
-    betas=[0.5, 0.9], batch_size=24, steps=500_000, decay_steps=0, clips=0, clips_per_video=1, save_every=2000,
+    betas=[0.5, 0.9], batch_size=24, steps=500_000, decay=False, clips=0, clips_per_video=1, save_every=2000,
     preview_every=2000, log_every=50, workers=8,
 )
 # Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each token, upsampled, because with
@@ -264,7 +226,7 @@ PAPER = dict(  # table 5 and appendix B; the number of steps is ours, the paper 
 # learning rate that decays, Adam's usual first beta: this training is short.
 SHAPES = dict(
     data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
-    smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay_steps=1400,
+    smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay=True,
     clips=4000, clips_per_video=1, save_every=500, preview_every=1000, log_every=50, workers=0,
 )
 PRESETS = {
@@ -278,98 +240,125 @@ PRESETS = {
 }
 
 
-def flags():
-    parser = data.Flags(__doc__)
-    add = parser.add_run(PRESETS)
-    add("--encode", action="store_true", help="encode the data set without training")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", help="shapes, shapes_text, a folder of videos, a CSV of captions, or a folder of .tar shards")
+# What --resume may change; --encode may change the data too. Of other --data, --resume compares the list of videos.
+CHANGEABLE = set("run_dir resume encode data steps batch_size accumulate workers dtype compile checkpointing log_every "
+                 "save_every preview_every".split())
+ENCODING = set("captions split stride seed clips clips_per_video shard_size".split())
+
+
+def read_flags():
+    """(flags, checkpoint to go on from or None). Defaults are the preset's, or when resuming the checkpoint's."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="fills the flags below (default: shapes)")
+    add("--run-dir", help="run folder, on a disk that all ranks share (default: runs/PRESET)")
+    add("--resume", action="store_true", help="go on from the run folder's checkpoint, if there is one")
+    add("--encode", nargs="?", const="", metavar="RUN", help="without training, encode --data with the autoencoder of "
+        "the run folder, or of another one, such as pretrained/shapes")
+    add("--data", help="shapes, shapes_text, a folder of videos, or a CSV of captions")
     add("--captions", help="CSV whose paths start from --data: WebVid's columns, or path,caption")
     add("--split", help="path of a list of the videos to use, such as UCF-101's trainlist01.txt")
-    add("--size", type="count", nargs="+", help="pixels: one number, or height and width")
-    add("--frames", type="count", help="L, frames of a clip (table 4b: 16 or 24)")
-    add("--stride", type="count", default=1, help="take every n-th frame of the video: a clip spans n times the time, "
-        "and sample.py plays it at 1/n of the video's frame rate, so at its speed")
-    add = parser.add_argument_group("model (table 5)").add_argument
+    add("--size", type=int, nargs="+", help="pixels: one number, or height and width")
+    add("--frames", type=int, help="L, frames of a clip (table 4b: 16 or 24)")
+    add("--stride", type=int, default=1, help="take every n-th frame of the video: a clip spans n times the time")
     add("--sd", help="raw Stable Diffusion or image autoencoder file: clips become its latents")
-    add("--patch", type="count", help="side of a patch, in pixels or latents")
-    add("--width", type="count", help="C', width of the transformers")
-    add("--motion-channels", type="count", help="D (table 4b: 8 or 16)")
-    add("--depth", type="count", help="blocks in the encoder and in the decoder")
-    add("--heads", type="count", help="attention heads, each width / heads wide")
+    add("--patch", type=int, help="side of a patch, in pixels or latents")
+    add("--width", type=int, help="C', width of the transformers")
+    add("--motion-channels", type=int, help="D (table 4b: 8 or 16)")
+    add("--depth", type=int, help="blocks in the encoder and in the decoder")
+    add("--heads", type=int, help="attention heads, each width / heads wide")
     add("--content", choices=["weights", "mean", "frame"], default="weights",
         help="the content frame: learned weights, plain mean (table 4b), or the first frame")
     add("--smooth", action=argparse.BooleanOptionalAction, help="content weights for each token, not for each pixel")
-    add = parser.add_training()
     add("--loss", choices=["mse", "l1"], help="squared or absolute error of the frames")
     add("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: adds LPIPS of one "
         "random frame of each clip to the loss (pixels only)")
-    add("--noise", type="number", help="standard deviation of the noise on the motion latent")
-    add = parser.add_argument_group("encoding").add_argument
-    add("--clips", type="whole", help="videos to encode; 0: all")
-    add("--clips-per-video", type="count", help="clips from each video, each from a random start")
-    add("--shard-size", type="count", default=1024, help="clips in a file")
-    return parser
+    add("--noise", type=float, help="standard deviation of the noise on the motion latent")
+    add("--steps", type=int, help="steps in all")
+    add("--batch-size", type=int, help="clips in a step, over all ranks")
+    add("--accumulate", type=int, default=1, help="passes into which each rank's batch is divided")
+    add("--lr", type=float, help="Adam's learning rate")
+    add("--decay", action=argparse.BooleanOptionalAction, help="short rise, then cosine decay of the rate to --steps")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--seed", type=int, default=0, help="of the weights, the clips, their order and the noise")
+    add("--workers", type=int, help="loader processes on each rank")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the arithmetic (default: bfloat16 on a GPU, else float32)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU, but for shapes)")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="less memory, a third more time")
+    add("--log-every", type=int, help="steps between rows of autoencoder.csv")
+    add("--save-every", type=int, help="steps between checkpoints")
+    add("--preview-every", type=int, help="steps between pictures in previews/")
+    add("--clips", type=int, help="videos to encode; 0: all")
+    add("--clips-per-video", type=int, help="clips from each video, each from a random start")
+    add("--shard-size", type=int, default=1024, help="clips in a file")
 
-
-def check_flags(args, saved):
-    """Raises InputError for flags that do not fit together."""
-    pixels, preset = args.channels == 3, f"--preset {args.preset}"
-    if not args.data:
-        raise InputError(f"{preset} needs --data: a folder of videos or a CSV of captions")
-    if saved and saved["step"] >= args.steps and not args.encode and args.data != saved["args"]["data"]:
-        raise InputError(f"stage 1 is trained, on {saved['args']['data']}: add --encode to encode {args.data} with it, "
-                         "or choose another --run-dir")
-    if args.encode and saved["step"] < args.steps:
-        raise InputError(f"stage 1 stopped after step {saved['step']} of {args.steps}: finish it with --resume, or add "
+    given = parser.parse_args()
+    preset, encode = given.preset or "shapes", given.encode is not None
+    run_dir, saved = given.run_dir or f"runs/{preset}", None
+    path, source = f"{run_dir}/autoencoder.pt", given.encode or run_dir
+    if os.path.exists(path) and not given.resume and not (encode and source == run_dir):
+        raise SystemExit(f"{path} exists: --resume goes on with it, another --run-dir starts a new run")
+    if encode or os.path.exists(path):
+        saved = data.load_checkpoint(f"{source}/autoencoder.pt")
+    parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
+    args = parser.parse_args()
+    args.run_dir, args.resume, args.encode, args.size = run_dir, given.resume, given.encode, list(data.pair(args.size))
+    for name in vars(args).keys() - CHANGEABLE - (ENCODING if encode else set()) if saved else ():
+        if getattr(args, name) != saved["args"][name]:
+            raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
+                             f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
+    if not args.data or args.channels == 4 and not args.sd:
+        raise SystemExit(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions"
+                         + ", and --sd: a raw Stable Diffusion or image autoencoder file" * (args.channels == 4))
+    if saved and not saved.get("optimizer") and (source == run_dir and encode or saved["step"] < args.steps):
+        raise SystemExit(f"{source} comes without its optimizer and is not trained further: `--encode {source} --run-dir "
+                         "runs/mine` encodes with its autoencoder into a folder of yours")
+    if encode and saved["step"] < args.steps:
+        raise SystemExit(f"stage 1 stopped after step {saved['step']} of {args.steps}: finish it with --resume, or add "
                          f"--steps {saved['step']} to encode with it as it is")
-    if args.data in ("shapes", "shapes_text") and not args.clips:
-        raise InputError("--clips 0 means all videos, and the moving shapes have no end: give a number")
-    if pixels and args.sd:
-        raise InputError(f"{preset} works on pixels: drop --sd, or use --preset webvid_sd15")
-    if not pixels and args.lpips:
-        raise InputError(f"--lpips compares pixels, and {preset} works on latents: drop it")
-    if not pixels and not args.sd and not saved:
-        raise InputError(f"{preset} needs --sd: a raw Stable Diffusion or image autoencoder file")
+    return args, saved
 
 
 # ---- Encoding the data set, and training ----------------------------------------------------------------------------
 
 @torch.no_grad()
-def encode_dataset(args, model, image, dataset, indices, test_set, test, rank, world, device, autocast, progress):
+def encode_dataset(args, model, image, dataset, indices, tests, test, rank, world, device, autocast, stop):
     """Encodes the data set into the run folder's shards, the ranks in turn, and sets the model's mean and deviation of
-    the motion latents. A shard that exists already is kept: an interrupted encoding continues where it stopped. One
-    more shard is of test clips. Returns (fingerprint of the model's weights, number of clips in each other shard)."""
+    the motion latents. Returns (identity, number of clips in each shard but the last, which is of test clips).
+
+    The identity is a hash of all that the encodings depend on. A shard that has it is kept, so that an interrupted
+    encoding goes on where it stopped."""
     model.eval()
-    data.compile_modules(args, args.preset, device, model.encoder, image and image.encoder)  # again, without gradients
-    dataset.replace = test_set.replace = False  # an unusable clip is None
-    digest = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in model.parameters()))
-    made_with = dict(fingerprint=digest.hexdigest()[:16]) | {name: getattr(args, name) for name in (
-        "data", "captions", "split", "stride", "seed", "clips_per_video", "shard_size")}
+    dataset.replace = tests.replace = False  # an unusable clip is None
     if indices is None:
         indices = range(args.clips)
     elif args.clips and args.clips < len(indices):  # of all classes: the files are sorted by class
-        chosen = torch.randperm(len(indices), generator=torch.Generator().manual_seed(args.seed))[: args.clips]
-        indices = [indices[i] for i in chosen]
-    keys = [(int(index), number) for index in indices for number in range(args.clips_per_video)]
-    shards = [keys[i : i + args.shard_size] for i in range(0, len(keys), args.shard_size)]
-    shards.append([(int(index), 0) for index in test[:64]])
+        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(args.seed))
+        indices = order[: args.clips].tolist()
+    made_of = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in model.parameters()))
+    made_of.update(repr([args.content, args.smooth, args.size, args.stride, args.seed, args.clips_per_video,
+                         args.shard_size, dataset.identity, tests.identity]).encode())
+    for clips, chosen in ((dataset, indices), (tests, test)):
+        for index in chosen:
+            made_of.update(clips.stamp(index))
+    identity, n, total = made_of.hexdigest()[:16], args.clips_per_video, len(indices) * args.clips_per_video
+    shards = [range(total)[i : i + args.shard_size] for i in range(0, total, args.shard_size)] + [range(len(test))[:64]]
     size = max(1, min(args.batch_size // world, 32))  # no larger than in training, where it fits into memory
+    os.makedirs(f"{args.run_dir}/encodings", exist_ok=True)
     bar = tqdm(total=sum(map(len, shards[rank::world])), desc="encode", unit="clip", disable=rank > 0)
 
-    def encode_shard(number, keys):
-        clips = test_set if number == len(shards) - 1 else dataset
-        settings = made_with | dict(keys=len(keys), test=number == len(shards) - 1)
-        with contextlib.suppress(InputError):  # missing or damaged
-            if data.open_shard(args.run_dir, number, check=True)[2] == settings:
-                bar.update(len(keys))
-                return
+    def encode_shard(number):
+        path, clips, last = data.shard_path(args.run_dir, number), shards[number], number == len(shards) - 1
+        if os.path.exists(path) and data.open_shard(path)[2] == identity:
+            bar.update(len(clips))
+            return
+        keys = [(int(test[i]), 0) if last else (int(indices[i // n]), i % n) for i in clips]
         batches, labels, captions = [keys[i : i + size] for i in range(0, len(keys), size)], [], []
         parts = [[torch.zeros(0, *shape, dtype=torch.float16) for shape in (model.content_shape, model.motion_shape)]]
-        for asked, batch in zip(batches, data.load(clips, batches, args.workers)):
-            bar.update(len(asked))
-            if progress.stop:
+        for asked, batch in zip(batches, data.load(tests if last else dataset, batches, args.workers)):
+            if stop:
                 return
+            bar.update(len(asked))
             if batch:
                 # Not under autocast: Stable Diffusion's latents should be as precise as in its own training.
                 frames = to_frames(data.to_floats(batch["video"].to(device, non_blocking=True)), image)
@@ -379,32 +368,36 @@ def encode_dataset(args, model, image, dataset, indices, test_set, test, rank, w
                 captions += batch["caption"]
         if device.type == "cuda":
             torch.cuda.synchronize()  # until then, copies to the CPU may be under way
-        data.write_shard(args.run_dir, number, settings, *(torch.cat(part) for part in zip(*parts)), labels, captions)
+        data.write_shard(path, identity, *(torch.cat(part) for part in zip(*parts)), labels, captions)
 
     with bar:
         for first in range(0, len(shards), world):  # in rounds, so that all ranks stop after the same one
             if first + rank < len(shards):
-                encode_shard(first + rank, shards[first + rank])
-            if progress.stopping():
-                raise KeyboardInterrupt("stopped while encoding: --encode goes on after the shards that are written")
+                encode_shard(first + rank)
+            stopping = stop.clone()
+            if world > 1:
+                dist.all_reduce(stopping)
+            if stopping:
+                print("stopped while encoding: --resume goes on after the shards that are written")
+                sys.exit(130)
     data.open_shard.cache_clear()
-    shards = [data.open_shard(args.run_dir, number)[0] for number in range(len(shards) - 1)]
-    counts = [len(shard.get_tensor("label")) for shard in shards]
+    written = [data.open_shard(data.shard_path(args.run_dir, number)) for number in range(len(shards) - 1)]
+    counts = [len(captions) for _, captions, _ in written]
     if not sum(counts):
-        raise InputError(f"not one clip of {args.data} could be encoded")
+        raise SystemExit(f"not one clip of {args.data} could be encoded")
     values = sum(counts) * model.frames * sum(model.grid)  # of one channel
-    mean, square = sum(shard.get_tensor("sums") for shard in shards)[..., None, None] / values  # (D, 1, 1) each
+    mean, square = sum(shard.get_tensor("sums") for shard, _, _ in written)[..., None, None] / values  # (D, 1, 1) each
     model.motion_mean.copy_(mean)
     model.motion_std.copy_((square - mean**2).clamp_min(1e-12).sqrt())
     if rank == 0:
-        print(f"encoded {sum(counts)} clip{'s' * (sum(counts) != 1)} into {args.run_dir}/encodings"
-              + f", {len(keys) - sum(counts)} unusable left out" * (len(keys) > sum(counts)))
-    return made_with["fingerprint"], counts
+        print(f"encoded {sum(counts)} clips into {args.run_dir}/encodings; {total - sum(counts)} left out, of videos "
+              "that are too short or unreadable")
+    return identity, counts
 
 
 def load_autoencoder(run_dir, device):
     """(Autoencoder, ImageAutoencoder or None where frames are pixels, checkpoint) of a run folder, ready for use."""
-    state = data.load_checkpoint(f"{run_dir}/autoencoder.pt", "autoencoder")
+    state = data.load_checkpoint(f"{run_dir}/autoencoder.pt")
     model = Autoencoder(**state["config"])
     model.load_state_dict(state["model"])
     image = state["image_autoencoder"] and open_image_autoencoder(state["image_autoencoder"], device)
@@ -417,79 +410,125 @@ def psnr(a, b):
 
 
 @torch.no_grad()
-def evaluate(model, image, dataset, indices, picture, progress):
+def evaluate(model, image, tests, test, picture, device, stop):
     """{psnr, psnr_of_mean_frame} in dB: of the reconstruction, and of repeating the mean frame. Writes a picture with a
     row for each of the first 8 clips: input, reconstruction, content frame."""
     model.eval()
     ours, mean, strips = [], [], []
-    for index in indices:
-        if progress.stop:  # the checkpoint comes first: torchrun waits only 30 s
-            model.train()
-            return {}
-        video = dataset[int(index)]["video"][None].to(model.motion_mean.device)
+    for index in test:
+        if stop:  # the checkpoint comes first: torchrun waits only 30 s
+            break
+        video = data.to_floats(tests[int(index)]["video"][None].to(device))
         content, motion = model.encode(to_frames(video, image))
         output = to_pixels(model.decode(content, motion), image)
         ours.append(psnr(output, video))
         mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
         if len(strips) < 3 * 8:
             strips += [clip[0].cpu() for clip in (video, output, to_pixels(content[:, :, None], image))]
+    model.train()
+    if not ours:
+        return {}
     captions = ["input", "reconstruction", "content frame"] * (len(strips) // 3)
     data.write_sheet(picture, strips, columns=3, captions=captions, frames=4)
-    model.train()
     ours, mean = sum(ours) / len(ours), sum(mean) / len(mean)
-    tqdm.write(f"PSNR {ours:.1f} dB on {len(indices)} test clips, repeating the mean frame {mean:.1f} dB")
+    tqdm.write(f"PSNR {ours:.1f} dB on {len(test)} test clips, repeating the mean frame {mean:.1f} dB")
     return dict(psnr=ours, psnr_of_mean_frame=mean)
 
 
 def main():
-    args, saved = flags().parse(PRESETS, "autoencoder")
-    check_flags(args, saved)
-    rank, world, device, dtype = data.start(args, args.run_dir, saved)
-    autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
-    path = f"{args.run_dir}/autoencoder.pt"
+    args, saved = read_flags()
+    run_dir, path, encode = args.run_dir, f"{args.run_dir}/autoencoder.pt", args.encode is not None
+
+    # Ranks and device. torchrun sets these variables; without it, this is rank 0 of 1
+    rank, local, world = (int(os.environ.get(name, alone)) for name, alone in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
+        torch.backends.cudnn.benchmark = True  # convolutions see the same sizes again and again
+        torch.backends.cuda.enable_cudnn_sdp(False)  # note 1, at the end of this file
+    if world > 1:
+        dist.init_process_group()
+        found = [None] * world
+        dist.all_gather_object(found, saved and saved["step"])
+        if len(set(found)) > 1:
+            raise SystemExit(f"the ranks find different checkpoints in {run_dir}: it must be on a disk that they share")
+    if args.batch_size % (world * args.accumulate):
+        raise SystemExit(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
+                         f"times --accumulate {args.accumulate}")
+    os.makedirs(f"{run_dir}/previews", exist_ok=True)
+    half = args.dtype == "bfloat16" or args.dtype is None and device.type == "cuda"
+    autocast = torch.autocast(device.type, torch.bfloat16, half)
+
+    # Data
+    dataset, indices, tests, test = data.open_dataset(args.data, args.frames, args.size, args.stride, args.split,
+                                                      args.captions, args.seed)
+    if saved and not encode and saved["videos"] != dataset.identity:
+        raise SystemExit(f"{path} was trained on other videos than those of {args.data}: give it those, encode the new "
+                         "ones with --encode, or choose another --run-dir")
+    first, fps = saved["step"] if saved else 0, dataset.frame_rate()
+    clips = data.load(dataset, data.batch_keys(indices, args.batch_size, args.seed, first, rank, world), args.workers)
 
     # Model
+    torch.manual_seed(args.seed)
     image_weights = saved and saved["image_autoencoder"]
-    if args.sd and not saved:  # kept in half precision, since it is only read
-        image_weights = {name: tensor.half() for name, tensor in load_image_autoencoder(args.sd).state_dict().items()}
+    if args.sd:  # kept in half precision, since it is only read
+        image_weights = image_weights or load_image_autoencoder(args.sd).state_dict()
+        image_weights = {name: tensor.to(torch.float16, copy=True) for name, tensor in image_weights.items()}
     image = image_weights and open_image_autoencoder(image_weights, device)
+    factor = image.factor if image else 1
+    if any(n % (factor * args.patch) for n in args.size):
+        raise SystemExit(f"--size {' '.join(map(str, args.size))}: height and width must be multiples of "
+                         f"{factor * args.patch}")
     config = {name: getattr(args, name) for name in (
         "channels", "frames", "patch", "width", "motion_channels", "depth", "heads", "content", "smooth")}
-    factor = image.factor if image else 1
-    if image and any(n % (factor * args.patch) for n in args.size):
-        raise InputError(f"--size {' '.join(map(str, args.size))}: height and width must be multiples of "
-                         f"{factor * args.patch}, the image autoencoder's {factor} times the patch")
     config |= dict(size=[n // factor for n in args.size], squash=image is None)
     model = Autoencoder(**config).to(device)
     model.encoder.checkpointing = model.decoder.checkpointing = args.checkpointing
     lpips = load_lpips(*args.lpips).to(device) if args.lpips else None
-    weights, first = list(model.parameters()), saved["step"] if saved else 0
+    weights, rows = list(model.parameters()), saved["rows"] if saved else []
     optimizer = torch.optim.Adam(weights, lr=args.lr, betas=args.betas, fused=True)
     if saved:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    compiled = data.compile_modules(args, args.preset, device, model.encoder, model.decoder, image and image.encoder)
+        if saved.get("optimizer"):  # models that come with the code have none
+            optimizer.load_state_dict(saved["optimizer"])
+        del saved  # which keeps its file on the disk when a new one takes its place
+    compiled = device.type == "cuda" and "shapes" not in args.preset if args.compile is None else args.compile
+    if compiled:
+        torch._dynamo.config.suppress_errors = True  # where compiling fails, go on without
+        torch._functorch.config.force_non_lazy_backward_lowering = True  # note 2
+        for module in (model.encoder, model.decoder, *([image.encoder] if image else [])):
+            module.compile(dynamic=False)
     reconstruct = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
 
-    # Data
-    dataset, indices, test_set, test = data.open_dataset(args.data, args.frames, args.size, args.stride, args.split,
-                                                         args.captions, args.seed)
-    clips = data.batches(dataset, indices, args.batch_size, args.seed, first, args.workers)
+    def save(step, identity=None, encodings=None):
+        if rank == 0:
+            torch.save(dict(
+                step=step, args=vars(args), config=config, classes=dataset.classes, fps=fps, videos=dataset.identity,
+                identity=identity, encodings=encodings, rows=rows, model=model.state_dict(),
+                optimizer=optimizer.state_dict() if optimizer.state else None, image_autoencoder=image_weights), f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)  # a kill at any moment leaves the old file or the new one, whole
+
+    # Ctrl-C, SIGTERM or a closed terminal: save and end, all ranks after the same step. A second Ctrl-C ends at once.
+    stop = torch.zeros(1)
+
+    def receive(*_):
+        stop.fill_(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, receive)
+
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
     parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
-    progress, fps = data.Progress(args, "autoencoder", first, device, saved and saved["progress"]), dataset.frame_rate()
-
-    def save(step, fingerprint=None, encodings=None):
-        data.save_checkpoint(path, dict(
-            stage="autoencoder", step=step, args=vars(args), config=config, classes=dataset.classes,
-            fps=fps, fingerprint=fingerprint, encodings=encodings, model=model.state_dict(),
-            optimizer=optimizer.state_dict(), progress=progress.state(), image_autoencoder=image_weights))
-
-    generator, last = torch.Generator(device), first if args.encode else max(first, args.steps)
+    generator, losses, since, skipped, in_a_row = torch.Generator(device), [], time.perf_counter(), 0, 0
+    last = first if encode else max(first, args.steps)
     if rank == 0:
-        print(f"autoencoder: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, steps {first} to {last}, "
-              f"{path}; {device}, {dtype}, {compiled}")
+        print(f"{dataset.about}\nautoencoder: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, steps {first} "
+              f"to {last}, {path}; {device}, {'bfloat16' if half else 'float32'}{', compiled' * compiled}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="autoencoder", disable=rank > 0)
     for step in bar:
         # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank
@@ -509,33 +548,54 @@ def main():
             loss += error.detach()
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
         lr = args.lr
-        if args.decay_steps:  # a short rise, then a cosine fall to a hundredth
-            fall = 0.5 + 0.5 * math.cos(math.pi * min(1, step / args.decay_steps))
-            lr = lr * min(1, (step + 1) / (0.05 * args.decay_steps)) * max(0.01, fall)
+        if args.decay:  # a short rise, then a cosine fall to a hundredth
+            fall = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+            lr = lr * min(1, (step + 1) / (0.05 * args.steps)) * max(0.01, fall)
         optimizer.param_groups[0]["lr"] = lr
         if finite := norm.isfinite().item():  # else the step is skipped
             optimizer.step()
         optimizer.zero_grad()
 
         # The rest is logging, pictures and saving.
-        progress.add(loss, finite)
-        done, stopping = step + 1, progress.stopping()
-        preview = (done % args.preview_every == 0 or done == last) and not stopping
-        scores = {}
-        if preview and rank == 0:
-            picture = f"{args.run_dir}/previews/autoencoder-{done:06d}.png"
-            scores = evaluate(model, image, test_set, test[: 240 if done == last else 32], picture, progress)
-        if preview or done % args.log_every == 0:
-            progress.write(bar, done, lr=lr, grad_norm=norm.item(), **scores)
-        if done % args.save_every == 0 or done == last or stopping:
+        losses, in_a_row = losses + [loss] * finite, 0 if finite else in_a_row + 1
+        skipped += not finite
+        if in_a_row == 5:
+            raise SystemExit("the last 5 steps had a NaN or infinite loss and were skipped: lower --lr, or look at the "
+                             "data; the last checkpoint, if there is one, holds good weights")
+        done, stopping, scores = step + 1, stop.clone(), {}  # a signal can come at any time, and all ranks must agree
+        if world > 1:
+            dist.all_reduce(stopping)
+        due, seconds = (done == last or done % args.preview_every == 0) and not stopping, time.perf_counter() - since
+        if due and rank == 0:
+            picture = f"{run_dir}/previews/autoencoder-{done:06d}.png"
+            scores = evaluate(model, image, tests, test[: 240 if done == last else 32], picture, device, stop)
+        if due or done % args.log_every == 0:
+            mean = torch.stack(losses or [loss * math.nan]).mean() / world
+            if world > 1:
+                dist.all_reduce(mean)
+            speed = len(losses) * args.batch_size / seconds
+            rows.append(dict(step=done, loss=mean.item(), skipped=skipped, lr=lr, grad_norm=norm.item(),
+                             clips_per_second=speed, **scores))
+            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} clips/s")
+            if rank == 0:
+                with open(f"{run_dir}/autoencoder.csv.tmp", "w", newline="") as file:
+                    table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+                    table.writeheader()
+                    table.writerows(rows)
+                os.replace(f"{run_dir}/autoencoder.csv.tmp", f"{run_dir}/autoencoder.csv")
+        if done % args.log_every == 0:
+            losses, since = [], time.perf_counter()
+        if done == last or stopping or done % args.save_every == 0:
             save(done)
         if stopping:
             bar.close()
-            raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
-    if args.encode:
+            print(f"stopped after step {done}, saved: --resume goes on")
+            sys.exit(130)
+    if encode:
         save(last)  # marks the encodings as incomplete, and keeps the flags for the next --encode
-    save(last, *encode_dataset(args, model, image, dataset, indices, test_set, test, rank, world, device, autocast,
-                               progress))
+    save(last, *encode_dataset(args, model, image, dataset, indices, tests, test, rank, world, device, autocast, stop))
+    if world > 1:
+        dist.destroy_process_group()
 
 
 # ---- Appendix: Stable Diffusion's image autoencoder, and LPIPS ------------------------------------------------------
@@ -711,7 +771,7 @@ class LPIPS(nn.Module):
 
     def forward(self, images, others):
         if min(images.shape[2:]) < 16:
-            raise InputError(f"LPIPS needs images of at least 16x16, not {images.shape[2]}x{images.shape[3]}")
+            raise SystemExit(f"LPIPS needs images of at least 16x16, not {images.shape[2]}x{images.shape[3]}")
         return sum(lin((a - b).square()).mean((1, 2, 3))
                    for lin, a, b in zip(self.lin, self.stages(images), self.stages(others)))
 
@@ -726,58 +786,6 @@ def load_lpips(vgg_path, lpips_path):
 
 
 # ---- Appendix: reading raw checkpoints ------------------------------------------------------------------------------
-
-# Lightning's checkpoints hold objects beside the tensors. torch's safe loader refuses classes that it does not know, so
-# each is replaced by one that ignores everything.
-
-
-class EqualsDict(type):
-    """The type of a class that equals dict: torch sets items of an object only if its class is in [dict, ...]."""
-
-    def __eq__(cls, other):
-        return cls is other or other is dict
-
-    __hash__ = type.__hash__
-
-
-class Inert(list, metaclass=EqualsDict):
-    """Stands in for an object of any class in a file: accepts every call that reading it makes, and does nothing."""
-
-    def ignore(self, *args, **kwargs):
-        pass
-
-    __init__ = __setstate__ = __setitem__ = append = extend = ignore
-    __hash__, __eq__ = object.__hash__, object.__eq__  # Lightning uses such objects as keys
-
-
-# What checkpoints name from Python's own library for harmless reasons: modules, and classes of builtins. "commands"
-# below was Python 2's subprocess.
-HARMLESS = set("_codecs argparse collections copyreg datetime decimal enum functools pathlib types typing uuid "
-               "bytearray complex dict float frozenset int list object range set slice str tuple type".split())
-
-
-def stand_in(name):
-    """(an inert class, name) for a name in a file. InputError for names such as os.system: torch would not call the
-    function either, but a file that names it does not only hold weights."""
-    top, attribute = name.split(".")[0], name.split(".")[-1]
-    if top in {*sys.stdlib_module_names, "commands"} and not {top, attribute} & HARMLESS:
-        raise InputError(f"is refused: loading it normally would call {name}, so it is not only weights. Nothing in it "
-                         "was executed; get the file from its original source")
-    return type(attribute, (Inert,), {}), name
-
-
-def read_tree(path, head):
-    """What a file of weights that starts with `head` holds, as nested dictionaries."""
-    if head[8:9] == b"{":
-        with safe_open(path, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}
-    new = zipfile.is_zipfile(path)  # else the format from before PyTorch 1.6
-    if new:
-        data.check_zip(path, checksums=False)  # which some programs do not write
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if new else []  # all that torch would refuse
-    with torch.serialization.safe_globals([stand_in(name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=new)
-
 
 def find_tensors(tree):
     """The dictionary of tensors in what a checkpoint holds, without the levels that training programs add around it."""
@@ -794,48 +802,60 @@ def read_checkpoint(path):
     """Raw weights: .safetensors, or PyTorch's .ckpt / .pt / .pth in its zip or old format, recognised by content.
 
     Returns {name: tensor} on the CPU, in the file's dtype; most are views of the mapped file, so copy what you keep.
-    Nothing in the file is executed. What is not a tensor (Lightning's objects, optimizers) is left out, and so are the
-    levels around the tensors ('state_dict', 'ema' before 'model' and so on). InputError for any other file.
-    """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise InputError(f"{path} is a folder, not weights" if os.path.isdir(path) else f"{path}: no such file")
-    with open(path, "rb") as file:
-        head = file.read(16)
+    Nothing in the file is executed. What is not a tensor is left out, and so are the levels around the tensors
+    ('state_dict', 'ema' before 'model' and so on)."""
     try:
-        tensors = find_tensors(read_tree(path, head))
-    except InputError as error:
-        raise InputError(f"{path} {error}") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{path} is damaged, or not a file of weights: it starts with {head}, and reading it ended "
-                         f"in {repr(error.__context__ or error)[:120]}") from None
+        with open(path, "rb") as file:
+            head = file.read(64)
+        if head[8:9] == b"{":
+            tensors = load_file(path)
+        else:
+            tensors = find_tensors(torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+    except OSError as error:
+        raise SystemExit(str(error)) from None
+    except Exception as error:  # a damaged file can raise anything
+        fault = "it is half a download, or not a file of weights: download it again"
+        if head.startswith(b"version https://git-lfs"):
+            fault = "it is a Git LFS pointer: run git lfs pull"
+        elif head.lstrip().startswith(b"<"):
+            fault = "it is an HTML page, not weights: download it again"
+        elif "weights_only" in str(error):
+            fault = "it holds other objects beside weights: take the .safetensors of the same model"
+        raise SystemExit(f"{path}: {fault} ({' '.join(str(error).split())[:120]})") from None
     for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's
         if all(name.startswith(wrapper) for name in tensors):
             tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     if not tensors:
-        raise InputError(f"{path} holds no tensors by name: save a state_dict(), not a whole model, with torch.save")
+        raise SystemExit(f"{path} holds no tensors by name: save a state_dict(), not a whole model, with torch.save")
     return tensors
 
 
 def find_part(tensors, prefix, names, what):
     """The tensors whose names start with `prefix`, without it, or all of them in a file that holds this part alone.
-    Raises InputError, which starts with `what`, if one of `names` is not among them."""
+    Raises SystemExit, which starts with `what`, if one of `names` is not among them."""
     part = {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)} or tensors
     if set(names) <= part.keys():
         return part
-    raise InputError(f"{what}: it holds {len(tensors)} tensors, the first named {', '.join(list(tensors)[:3])}")
+    raise SystemExit(f"{what}: it holds {len(tensors)} tensors, the first named {', '.join(list(tensors)[:3])}")
 
 
 def load_weights(module, tensors, what):
-    """Copies {name: tensor} into a module, which may be on the meta device, in its dtype. Raises InputError, which
+    """Copies {name: tensor} into a module, which may be on the meta device, in its dtype. Raises SystemExit, which
     starts with `what`, for missing, unexpected and misshaped tensors."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise SystemExit(f"{what}: {name} holds values that are not finite: the file is damaged")
     own = module.state_dict()
     tensors = {name: tensor.to(own[name].dtype if name in own else None, copy=True) for name, tensor in tensors.items()}
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())[:400]}") from None
+        raise SystemExit(f"{what}: {' '.join(str(error).split())[:400]}") from None
 
+
+# Notes
+# 1. cuDNN's attention can give NaN gradients on an H100 (pytorch issue 196678).
+# 2. torch compiles the backward pass in the first forward, so that suppress_errors covers it too.
 
 if __name__ == "__main__":
-    data.launch(main)
+    main()

@@ -2,21 +2,24 @@
 
 Equation 8 and table 6 of the paper. In: motion latents (B, D, L, H'+W') and content frames (B, C, H, W) that stage 1
 encoded, with labels or captions. Out: a diffusion model p(motion | content, c): a DiT that reads the content frame's
-patches as further tokens.
+patches as further tokens. It needs nothing from stage 2: train both side by side.
 
     python motion_diffusion.py                                       # on the shapes that autoencoder.py encoded
     python motion_diffusion.py --run-dir runs/ucf101                 # with that folder's preset
     torchrun --nproc-per-node 8 motion_diffusion.py --run-dir runs/webvid_sd21 --text v2-1_512-ema-pruned.safetensors
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 motion_diffusion.py ...
-
-It needs nothing from stage 2: train both side by side. The authors' script for this stage has a syntax error. Where we
-differ from it: positions fit the grid, which is not square; the class or text is used; EMA 0.999, as the paper says.
 """
 
+import argparse
 import copy
+import csv
 import math
+import os
+import signal
+import sys
+import time
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -25,9 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from autoencoder import LayerNorm, load_autoencoder, to_pixels
-from content_diffusion import Diffusion, ddim, load_text_encoder, open_text_encoder
-from data import InputError
+from autoencoder import load_autoencoder, to_pixels
+from content_diffusion import DIT_SIZES, Diffusion, ddim, load_text_encoder, open_text_encoder
 
 # ---- The motion model. Its blocks are DiT's of stage 2, written out again: the whole model is in one place -----------
 
@@ -56,9 +58,9 @@ class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm1 = LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2 = LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -69,15 +71,6 @@ class Block(nn.Module):
         h = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
         x = x + gate1 * self.proj(h)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-
-
-SIZES = {  # DiT's (Peebles & Xie, table 1); "mini" is ours, for the shapes preset
-    "XL": dict(width=1152, depth=28, heads=16),
-    "L": dict(width=1024, depth=24, heads=16),
-    "B": dict(width=768, depth=12, heads=12),
-    "S": dict(width=384, depth=12, heads=6),
-    "mini": dict(width=128, depth=4, heads=4),
-}
 
 
 class MotionDiT(nn.Module):
@@ -99,7 +92,7 @@ class MotionDiT(nn.Module):
         super().__init__()
         height, wide = (size, size) if isinstance(size, int) else size
         if height % content_patch or wide % content_patch:
-            raise InputError(f"a content frame of {height}x{wide} cannot be cut into patches of {content_patch}: "
+            raise SystemExit(f"a content frame of {height}x{wide} cannot be cut into patches of {content_patch}: "
                              "choose another --content-patch")
         self.motion_channels, self.frames, self.columns, self.patch = motion_channels, frames, columns, patch
         self.classes, self.text, self.checkpointing = classes, text, False
@@ -112,7 +105,7 @@ class MotionDiT(nn.Module):
         self.t_embedder = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.c_embedder = nn.Linear(text, width) if text else nn.Embedding(classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.out = nn.Linear(width, patch * patch * motion_channels)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         # DiT's initialisation. Zero gates and a zero last layer: at first the output is zero.
@@ -144,18 +137,18 @@ class MotionDiT(nn.Module):
 # ---- Presets and flags ----------------------------------------------------------------------------------------------
 
 PAPER = dict(  # table 6
-    patch=2, predict="eps", schedule="linear", lr=1e-4, batch_size=256, decay_steps=0, ema=0.999, drop=0.1,
+    patch=2, predict="eps", schedule="linear", lr=1e-4, batch_size=256, decay=False, ema=0.999, drop=0.1,
     save_every=2000, preview_every=2000, log_every=50, workers=8,
 )
 PRESETS = {
     # What differs from the paper is what differs in stage 2, for the same reasons.
     "shapes": dict(
         model="mini", patch=2, content_patch=8, predict="x", schedule="linear", lr=2e-3, batch_size=16, steps=2000,
-        decay_steps=2000, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
+        decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     "shapes_text": dict(
         text=data.TINY_SD, model="mini", patch=2, content_patch=2, predict="x", schedule="linear",
-        lr=2e-3, batch_size=16, steps=2000, decay_steps=2000, ema=0.995, drop=0.1, save_every=500, preview_every=1000,
+        lr=2e-3, batch_size=16, steps=2000, decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000,
         log_every=50, workers=0,
     ),
     # 3,000 epochs of 9,537 videos, and 3 epochs of 10.7 M.
@@ -165,22 +158,63 @@ PRESETS = {
 }
 
 
-def flags():
-    parser = data.Flags(__doc__)
-    add = parser.add_run(PRESETS)
-    add("--data", help="the data set that was encoded; only checked against the encodings")
-    add = parser.add_argument_group("model (table 6)").add_argument
-    add("--model", choices=SIZES, help="DiT's size")
-    add("--patch", type="count", help="DiT's patch on the motion latent")
-    add("--content-patch", type="count", help="its patch on the content frame (table 4c)")
+# What --resume may change
+CHANGEABLE = set("run_dir resume steps batch_size accumulate workers dtype compile checkpointing log_every save_every "
+                 "preview_every".split())
+
+
+def read_flags():
+    """(flags, stage 1's checkpoint, checkpoint to go on from or None), as in stage 1."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="fills the flags below (default: stage 1's)")
+    add("--run-dir", help="stage 1's run folder, on a disk that all ranks share (default: runs/PRESET)")
+    add("--resume", action="store_true", help="go on from the run folder's checkpoint, if there is one")
+    add("--model", choices=DIT_SIZES, help="DiT's size")
+    add("--patch", type=int, help="DiT's patch on the motion latent")
+    add("--content-patch", type=int, help="its patch on the content frame (table 4c)")
     add("--text", help="condition on captions: raw file with a text encoder, full Stable Diffusion or OpenCLIP ViT-H")
-    add = parser.add_argument_group("diffusion").add_argument
     add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean latent")
     add("--schedule", choices=["linear", "scaled_linear"], help="betas: DiT's, or Stable Diffusion's")
-    add("--drop", type="share", help="how often the label or prompt is dropped, for guidance")
-    add("--ema", type="share", help="decay of the weights' moving average")
-    parser.add_training()
-    return parser
+    add("--drop", type=float, help="how often the label or prompt is dropped, for guidance")
+    add("--ema", type=float, help="decay of the weights' moving average")
+    add("--steps", type=int, help="steps in all")
+    add("--batch-size", type=int, help="clips in a step, over all ranks")
+    add("--accumulate", type=int, default=1, help="passes into which each rank's batch is divided")
+    add("--lr", type=float, help="Adam's learning rate")
+    add("--decay", action=argparse.BooleanOptionalAction, help="short rise, then cosine decay of the rate to --steps")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--seed", type=int, default=0, help="of the weights, the order of the clips and the noise")
+    add("--workers", type=int, help="loader processes on each rank")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the arithmetic (default: bfloat16 on a GPU, else float32)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU, but for shapes)")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="less memory, a third more time")
+    add("--log-every", type=int, help="steps between rows of motion.csv")
+    add("--save-every", type=int, help="steps between checkpoints")
+    add("--preview-every", type=int, help="steps between pictures in previews/")
+
+    given = parser.parse_args()
+    run_dir = given.run_dir or f"runs/{given.preset or 'shapes'}"
+    path, stage1 = f"{run_dir}/motion.pt", data.load_checkpoint(f"{run_dir}/autoencoder.pt")
+    if os.path.exists(path) and not given.resume:
+        raise SystemExit(f"{path} exists: --resume goes on with it, another --run-dir starts a new run")
+    saved = data.load_checkpoint(path) if os.path.exists(path) else None
+    if saved and "optimizer" not in saved:
+        print(f"{path} comes without its optimizer: training starts from nothing")
+        saved = None
+    preset = given.preset or stage1["args"]["preset"]
+    parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
+    args = parser.parse_args()
+    args.run_dir, args.resume = run_dir, given.resume
+    for name in vars(args).keys() - CHANGEABLE if saved else ():
+        if getattr(args, name) != saved["args"][name]:
+            raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
+                             f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
+    if saved and saved["identity"] != stage1["identity"]:
+        raise SystemExit(f"{path} was trained on other encodings than those in {run_dir}: choose another --run-dir")
+    if args.preset.startswith("webvid") and not args.text:
+        raise SystemExit(f"--preset {args.preset} needs --text: a raw file with the captions' text encoder")
+    return args, stage1, saved
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -188,30 +222,17 @@ def flags():
 def load_motion(run_dir, state=None):
     """(MotionDiT with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU.
     state: the checkpoint, where it has been read."""
-    state = state or data.load_checkpoint(f"{run_dir}/motion.pt", "motion")
-    model = MotionDiT(**{name: value for name, value in state["config"].items() if name != "model"})
+    state = state or data.load_checkpoint(f"{run_dir}/motion.pt")
+    model = MotionDiT(**state["config"])
     model.load_state_dict(state["ema"])
     text_encoder = state["text_encoder"] and open_text_encoder(**state["text_encoder"])
     return model, text_encoder, Diffusion(state["args"]["schedule"], state["args"]["predict"]), state
 
 
-def new_model(args, dataset):
-    """(config, MotionDiT, TextEncoder or None) to train, by the flags and the encodings."""
-    if args.preset.startswith("webvid") and not args.text:
-        raise InputError(f"--preset {args.preset} needs --text: a raw file with the captions' text encoder")
-    text_encoder = load_text_encoder(args.text) if args.text else None
-    D, L, columns = dataset.motion_shape
-    C, *size = dataset.content_shape
-    config = dict(motion_channels=D, frames=L, columns=columns, channels=C, size=size, patch=args.patch,
-                  content_patch=args.content_patch, classes=max(1, len(dataset.classes)),
-                  text=text_encoder and text_encoder.width, **SIZES[args.model])
-    return dict(config, model=args.model), MotionDiT(**config), text_encoder
-
-
 @torch.no_grad()
-def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast):
+def preview(args, step, ema, diffusion, condition_of, dataset, mean, std, device, autocast):
     """Writes a picture of 8 clips (4 where frames are latents): stored content frames, motion by 25 DDIM steps. Returns
-    the loss on test clips, by which one sees when to stop."""
+    the test loss."""
     autoencoder, image, _ = load_autoencoder(args.run_dir, device)
     batch = torch.utils.data.default_collate([dataset[i] for i in range(min(4 if image else 8, len(dataset)))])
     content = batch["content"].to(device)
@@ -219,43 +240,75 @@ def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast)
     noise = torch.randn(len(content), *dataset.motion_shape, generator=torch.Generator().manual_seed(0)).to(device)
     with autocast:
         motion = ddim(lambda x, t: ema(x, t, content, condition), noise, diffusion, steps=25)
-    videos = to_pixels(autoencoder.decode(content, autoencoder.denormalise(motion).clamp(-1, 1)), image)
+    videos = to_pixels(autoencoder.decode(content, (motion * std + mean).clamp(-1, 1)), image)
     data.write_sheet(f"{args.run_dir}/previews/motion-{step:06d}.png", list(videos.cpu()), 1, batch["caption"])
     test = dataset.test_clips()
     condition = condition_of(test, torch.zeros(len(test["label"]), dtype=torch.bool, device=device))
-    motion = autoencoder.normalise(test["motion"].to(device))
+    motion = (test["motion"].to(device) - mean) / std
     with autocast:
-        return dict(test_loss=diffusion.test_loss(ema, motion, test["content"].to(device), condition))
+        return diffusion.test_loss(ema, motion, test["content"].to(device), condition)
 
 
 def main():
-    args, saved = flags().parse(PRESETS, "motion")
-    rank, world, device, dtype = data.start(args, args.run_dir, saved)
-    autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
-    path = f"{args.run_dir}/motion.pt"
+    args, stage1, saved = read_flags()
+    run_dir, path = args.run_dir, f"{args.run_dir}/motion.pt"
+    dataset, classes = data.EncodedClips(run_dir, stage1), stage1["classes"]
+
+    # Ranks and device, as in stage 1
+    rank, local, world = (int(os.environ.get(name, alone)) for name, alone in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
+        torch.backends.cudnn.benchmark = True  # convolutions see the same sizes again and again
+        torch.backends.cuda.enable_cudnn_sdp(False)  # note 1 of stage 1
+    if world > 1:
+        dist.init_process_group()
+        found = [None] * world
+        dist.all_gather_object(found, saved and saved["step"])
+        if len(set(found)) > 1:
+            raise SystemExit(f"the ranks find different checkpoints in {run_dir}: it must be on a disk that they share")
+    if args.batch_size % (world * args.accumulate):
+        raise SystemExit(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
+                         f"times --accumulate {args.accumulate}")
+    os.makedirs(f"{run_dir}/previews", exist_ok=True)
+    half = args.dtype == "bfloat16" or args.dtype is None and device.type == "cuda"
+    autocast = torch.autocast(device.type, torch.bfloat16, half)
 
     # Data: motion latents and content frames, with their labels or captions; the mean and deviation of the latents
-    dataset = data.EncodedClips(args.run_dir, args.data, saved)
     shape, first = dataset.motion_shape, saved["step"] if saved else 0  # (D, L, H'+W')
-    motion_mean, motion_std = dataset.motion_mean.to(device), dataset.motion_std.to(device)
+    motion_mean, motion_std = (stage1["model"][name].float().to(device) for name in ("motion_mean", "motion_std"))
+    keys = data.batch_keys(range(len(dataset)), args.batch_size, args.seed, first, rank, world)
+    clips = data.load(dataset, keys, args.workers)
 
     # Model
+    torch.manual_seed(args.seed)
     if saved:
-        model, text_encoder, _, _ = load_motion(args.run_dir, saved)
+        model, text_encoder, _, _ = load_motion(run_dir, saved)
         config = saved["config"]
     else:
-        config, model, text_encoder = new_model(args, dataset)
+        text_encoder, (C, *size) = load_text_encoder(args.text) if args.text else None, dataset.content_shape
+        config = dict(motion_channels=shape[0], frames=shape[1], columns=shape[2], channels=C, size=size,
+                      patch=args.patch, content_patch=args.content_patch, classes=max(1, len(classes)),
+                      text=text_encoder and text_encoder.width, **DIT_SIZES[args.model])
+        model = MotionDiT(**config)
     ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
     model.checkpointing = args.checkpointing
     if text_encoder:
         text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
-    optimizer = torch.optim.Adam(weights, lr=args.lr, fused=True)
+    optimizer, rows = torch.optim.Adam(weights, lr=args.lr, fused=True), saved["rows"] if saved else []
     if saved:  # load_motion loaded the averaged weights: now the trained ones
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+    del saved
     diffusion = Diffusion(args.schedule, args.predict).to(device)
-    compiled = data.compile_modules(args, args.preset, device, model)
+    compiled = device.type == "cuda" and "shapes" not in args.preset if args.compile is None else args.compile
+    if compiled:
+        torch._dynamo.config.suppress_errors = True  # as in stage 1
+        torch._functorch.config.force_non_lazy_backward_lowering = True
+        model.compile(dynamic=False)
     predict = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
 
     def condition_of(batch, dropped):
@@ -267,21 +320,33 @@ def main():
         return torch.where(dropped[:, None], features[-1], features[:-1])
 
     def save(step):
-        data.save_checkpoint(path, dict(
-            stage="motion", step=step, args=vars(args), config=config, classes=dataset.classes, shape=list(shape),
-            fingerprint=dataset.fingerprint, model=model.state_dict(), ema=ema.state_dict(),
-            text_encoder=text_encoder and text_encoder.state(), optimizer=optimizer.state_dict(),
-            progress=progress.state()))
+        if rank == 0:
+            torch.save(dict(
+                step=step, args=vars(args), config=config, classes=classes, shape=list(shape), rows=rows,
+                identity=stage1["identity"], motion_mean=motion_mean.cpu(), motion_std=motion_std.cpu(),
+                model=model.state_dict(), ema=ema.state_dict(),
+                text_encoder=text_encoder and text_encoder.state(), optimizer=optimizer.state_dict()), f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
 
-    clips = data.batches(dataset, range(len(dataset)), args.batch_size, args.seed, first, args.workers)
+    # Ctrl-C, SIGTERM or a closed terminal: save and end, as in stage 1
+    stop = torch.zeros(1)
+
+    def receive(*_):
+        stop.fill_(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, receive)
+
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
     parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
-    progress = data.Progress(args, "motion", first, device, saved and saved["progress"])
-    generator, last = torch.Generator(device), max(first, args.steps)
+    generator, losses, since, skipped, in_a_row = torch.Generator(device), [], time.perf_counter(), 0, 0
+    last = max(first, args.steps)
     if rank == 0:
-        print(f"motion model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, "
-              f"steps {first} to {last}, {path}; {device}, {dtype}, {compiled}")
+        print(f"motion model: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {len(dataset)} clips, steps "
+              f"{first} to {last}, {path}; {device}, {'bfloat16' if half else 'float32'}{', compiled' * compiled}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="motion", disable=rank > 0)
     for step in bar:
         # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank
@@ -304,9 +369,9 @@ def main():
             loss += error.detach() / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
         lr = args.lr
-        if args.decay_steps:  # a short rise, then a cosine fall to a hundredth
-            fall = 0.5 + 0.5 * math.cos(math.pi * min(1, step / args.decay_steps))
-            lr = lr * min(1, (step + 1) / (0.05 * args.decay_steps)) * max(0.01, fall)
+        if args.decay:  # a short rise, then a cosine fall to a hundredth
+            fall = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+            lr = lr * min(1, (step + 1) / (0.05 * args.steps)) * max(0.01, fall)
         optimizer.param_groups[0]["lr"] = lr
         if finite := norm.isfinite().item():  # else the step is skipped
             optimizer.step()
@@ -316,18 +381,43 @@ def main():
         optimizer.zero_grad()
 
         # The rest is logging, pictures and saving.
-        progress.add(loss, finite)
-        done, stopping = step + 1, progress.stopping()
-        due = (done % args.preview_every == 0 or done == last) and not stopping
-        scores = {} if rank or not due else preview(args, done, ema, diffusion, condition_of, dataset, device, autocast)
+        losses, in_a_row = losses + [loss] * finite, 0 if finite else in_a_row + 1
+        skipped += not finite
+        if in_a_row == 5:
+            raise SystemExit("the last 5 steps had a NaN or infinite loss and were skipped: lower --lr, or look at the "
+                             "data; the last checkpoint, if there is one, holds good weights")
+        done, stopping, scores = step + 1, stop.clone(), {}  # a signal can come at any time, and all ranks must agree
+        if world > 1:
+            dist.all_reduce(stopping)
+        due, seconds = (done == last or done % args.preview_every == 0) and not stopping, time.perf_counter() - since
+        if due and rank == 0:
+            scores["test_loss"] = preview(
+                args, done, ema, diffusion, condition_of, dataset, motion_mean, motion_std, device, autocast)
         if due or done % args.log_every == 0:
-            progress.write(bar, done, lr=lr, grad_norm=norm.item(), **scores)
-        if done % args.save_every == 0 or done == last or stopping:
+            mean = torch.stack(losses or [loss * math.nan]).mean() / world
+            if world > 1:
+                dist.all_reduce(mean)
+            speed = len(losses) * args.batch_size / seconds
+            rows.append(dict(step=done, loss=mean.item(), skipped=skipped, lr=lr, grad_norm=norm.item(),
+                             clips_per_second=speed, **scores))
+            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} clips/s")
+            if rank == 0:
+                with open(f"{run_dir}/motion.csv.tmp", "w", newline="") as file:
+                    table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+                    table.writeheader()
+                    table.writerows(rows)
+                os.replace(f"{run_dir}/motion.csv.tmp", f"{run_dir}/motion.csv")
+        if done % args.log_every == 0:
+            losses, since = [], time.perf_counter()
+        if done == last or stopping or done % args.save_every == 0:
             save(done)
         if stopping:
             bar.close()
-            raise KeyboardInterrupt(f"stopped after step {done}, saved: --resume goes on")
+            print(f"stopped after step {done}, saved: --resume goes on")
+            sys.exit(130)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    data.launch(main)
+    main()

@@ -3,7 +3,7 @@
 Reads the checkpoints that it needs from a run folder, and what --image or --data names. Writes an .mp4 for each clip
 (an .mkv with --lossless, for fvd.py), captions.txt with its caption, and samples.gif and samples.png, an overview.
 
-    python sample.py                                                 # two clips of each class of runs/shapes
+    python sample.py                                                 # two clips of each class of moving shapes
     python sample.py --run-dir runs/shapes_text --prompt "a red circle moving left"
     python sample.py --run-dir runs/ucf101 --label Archery --num 4
     python sample.py --run-dir runs/webvid_sd21 --prompt "a ship in a storm, oil painting" --guidance 8.5
@@ -11,74 +11,61 @@ Reads the checkpoints that it needs from a run folder, and what --image or --dat
     python sample.py --run-dir runs/ucf101 --reconstruct --split ucfTrainTestlist/trainlist01.txt --num 2048 --lossless
 
 A guidance scale s means eps = eps(nothing) + s (eps(c) - eps(nothing)): the paper's w is s - 1, and s = 1 is no
-guidance. The same formula holds where the model predicts x or v. Whether the paper's figures (4.0 on UCF-101, 7.5 for
-text) are w or s it leaves open: its formula says w, the authors' release passes 4.0 as s, and 7.5 is Stable Diffusion's
-usual s. Here they are taken as w. The motion is drawn without guidance: the release guides the content frame alone.
+guidance. The same formula holds where the model predicts x or v. The paper does not say whether its figures (4.0 on
+UCF-101, 7.5 for text) are w or s; we take them as w. The motion is drawn without guidance, as in the authors' release.
 """
 
 import argparse
 import concurrent.futures
-import functools
 import os
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 from autoencoder import load_autoencoder, to_frames, to_pixels
-from content_diffusion import SAMPLERS, guided, load_content
-from data import InputError
+from content_diffusion import ddim, guided, load_content
 from motion_diffusion import load_motion
 
 
 class Sampler:
     """The trained stages of a run folder that args ask for. Call draw_content, draw_motion, decode, in this order."""
 
-    def __init__(self, args, device, dtype):
+    def __init__(self, args, device, dtype, compiled=False):
         self.args, self.device, self.dtype = args, device, dtype
         self.autoencoder, self.image, self.state = load_autoencoder(args.run_dir, device)
         if args.guidance is None:
             args.guidance = GUIDANCE[self.state["args"]["preset"]]
-        self.unfinished = []
-        self.note_unfinished("autoencoder", self.state)
-        needs_motion = not args.reconstruct
-        needs_content = needs_motion and not args.predict_motion and not args.image
-        self.content = self.load("content", load_content) if needs_content else None
-        self.motion = self.load("motion", load_motion) if needs_motion else None
-        if self.content and self.motion and bool(self.content.text) != bool(self.motion.text):
-            raise InputError(f"one of content.pt and motion.pt in {args.run_dir} is conditioned on classes, the other "
+        self.content = self.motion = None
+        if not args.reconstruct:
+            self.motion, state = self.load(load_motion, "motion.pt")
+            self.mean, self.std = (state[name].to(device) for name in ("motion_mean", "motion_std"))  # it learned these
+            if not args.predict_motion and not args.image:
+                self.content, _ = self.load(load_content, "content.pt")
+        if self.content and bool(self.content.text) != bool(self.motion.text):
+            raise SystemExit(f"one of content.pt and motion.pt in {args.run_dir} is conditioned on classes, the other "
                              "on text: train one of them again")
-        self.compiled = self.compile(self.state["args"]["preset"])
+        if compiled:
+            torch._dynamo.config.suppress_errors = True  # where compiling fails, go on without
+            for stage in filter(None, (self.content, self.motion)):
+                stage.model.compile(mode="reduce-overhead", dynamic=False)  # CUDA graphs
+            self.autoencoder.decoder.compile(dynamic=False)
 
-    def note_unfinished(self, stage, state):
+    def load(self, load_stage, name):
+        """(a stage's parts, on the device, its checkpoint)."""
+        model, text, diffusion, state = load_stage(self.args.run_dir)
+        if state["identity"] != self.state["identity"]:
+            raise SystemExit(f"{self.args.run_dir}/{name} was trained on other encodings than its autoencoder.pt has "
+                             "now: train it again, in another --run-dir")
         if state["step"] < state["args"]["steps"]:
-            self.unfinished.append(f"{stage}.pt is unfinished: step {state['step']} of {state['args']['steps']}")
-
-    def load(self, stage, load_stage):
-        model, text_encoder, diffusion, state = load_stage(self.args.run_dir)
-        if self.state["fingerprint"] is None:
-            raise InputError(f"{self.args.run_dir} has no complete encodings: finish autoencoder.py first")
-        if state["fingerprint"] != self.state["fingerprint"]:
-            raise InputError(f"{self.args.run_dir}/{stage}.pt was trained on the encodings of another autoencoder than "
-                             f"{self.args.run_dir}/autoencoder.pt: train it again in another --run-dir")
-        self.note_unfinished(stage, state)
-        return self.prepare(model, text_encoder, diffusion, state["shape"])
-
-    def prepare(self, model, text_encoder, diffusion, shape):
-        """A stage's parts, on the device and ready to be called."""
+            print(f"{self.args.run_dir}/{name} is unfinished: step {state['step']} of {state['args']['steps']}")
         model = model.requires_grad_(False).eval().to(self.device, self.dtype)
-        if text_encoder:
-            text_encoder.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
-        return SimpleNamespace(model=model, text=text_encoder, shape=shape, diffusion=diffusion.to(self.device))
-
-    def compile(self, preset):
-        """Compiles what draws, with CUDA graphs, which write each result over the one before, and what decodes."""
-        compiled = functools.partial(data.compile_modules, self.args, preset, self.device)
-        compiled(*(stage.model for stage in (self.content, self.motion) if stage), mode="reduce-overhead")
-        return compiled(self.autoencoder.decoder, self.image and self.image.decoder)
+        if text:
+            text.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
+        return SimpleNamespace(model=model, text=text, shape=state["shape"], diffusion=diffusion.to(self.device)), state
 
     def draw_content(self, wishes, numbers):
         """Content frames (B, C, H, W) for a batch of labels or prompts. numbers: the clips', which seed their noise."""
@@ -89,22 +76,23 @@ class Sampler:
     def draw_motion(self, content, wishes, numbers):
         """Motion latents (B, D, L, H'+W'), as the decoder takes them, for content frames and labels or prompts."""
         seeds = [2 * (self.args.seed * 1_000_003 + n) + 1 for n in numbers]
-        ones = torch.ones_like(self.autoencoder.motion_mean)  # the encoder's tanh keeps motion within -1 to 1
-        bounds = self.autoencoder.normalise(-ones), self.autoencoder.normalise(ones)
+        bounds = (-1 - self.mean) / self.std, (1 - self.mean) / self.std  # the encoder's tanh keeps motion in [-1, 1]
         motion = self.draw("motion", self.motion, wishes, seeds, self.args.motion_guidance, self.args.motion_steps,
                            bounds, content.to(self.dtype))
-        return self.autoencoder.denormalise(motion)
+        return motion * self.std + self.mean
 
     def decode(self, content, motion):
         """content (B, C, H, W), motion (B, D, L, H'+W') -> clips (B, 3, L, H, W) in [-1, 1]"""
-        half = self.device.type == "cuda" and self.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, half):
-            frames = self.autoencoder.decode(content, motion)
-        return to_pixels(frames, self.image)
+        half, parts = self.device.type == "cuda" and self.dtype == torch.bfloat16, []
+        for c, m in zip(content.split(8), motion.split(8)):  # kernels of attention fail above 16 clips of 512x1024
+            with torch.autocast(self.device.type, torch.bfloat16, half):
+                frames = self.autoencoder.decode(c, m)
+            parts.append(to_pixels(frames, self.image))
+        return torch.cat(parts)
 
     def draw(self, name, stage, wishes, seeds, scale, steps, bounds, frame=None):
-        """Noise, each clip's from its own seed -> clean samples (B, ...) by the chosen sampler, with guidance. frame:
-        content frames (B, C, H, W), which the motion model sees with and without the condition."""
+        """Noise, each clip's from its own seed -> clean samples (B, ...) by DDIM, with guidance. frame: content frames
+        (B, C, H, W), which the motion model sees with and without the condition."""
         if stage.text:
             hidden = stage.text.encode([*wishes, self.args.negative_prompt]).to(self.dtype)  # (B + 1, 77, width)
             hidden = hidden if frame is None else hidden.mean(1)
@@ -119,9 +107,8 @@ class Sampler:
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on any device
         noise = torch.stack([torch.randn(*stage.shape, generator=generator) for generator in generators])
-        return SAMPLERS[self.args.sampler](
-            guided(predict, condition, nothing, scale), noise.to(self.device), stage.diffusion, steps, self.args.eta,
-            generators, bounds, lambda steps: tqdm(steps, desc=name, leave=False, disable=None))
+        return ddim(guided(predict, condition, nothing, scale), noise.to(self.device), stage.diffusion, steps,
+                    self.args.eta, generators, bounds, lambda steps: tqdm(steps, desc=name, leave=False, disable=None))
 
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
@@ -129,17 +116,17 @@ class Sampler:
 GUIDANCE = dict(shapes=2.0, shapes_text=3.0, ucf101=5.0, webvid_sd15=8.5, webvid_sd21=8.5)  # content's, by preset
 
 
-def flags():
-    parser = data.Flags(__doc__)
-    add = parser.add_argument_group("what to draw").add_argument
-    own, shipped = "runs/shapes", os.path.join(os.path.dirname(__file__), "pretrained", "shapes")
-    add("--run-dir", default=own if os.path.exists(f"{own}/autoencoder.pt") else shipped,
-        help="run folder; until runs/shapes is trained, the small models that come with the code")
+def read_flags():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--run-dir", help="run folder (default: runs/shapes when its three stages are trained, before that "
+        "pretrained/shapes, which comes with the code)")
+    # What to draw
     add("--label", help="class, by name or number (default: all classes in turn)")
     add("--prompt", help="text to draw")
     add("--prompts", help="file with one prompt a line")
     add("--negative-prompt", default="", help="text to steer away from, in place of the empty prompt")
-    add("-n", "--num", type="count", help="clips in all; torchrun takes only -n (default: 24; 4 with --prompt; with "
+    add("-n", "--num", type=int, help="clips in all; torchrun takes only -n (default: 24; 4 with --prompt; with "
         "--prompts one clip for each)")
     add("--image", help="picture to animate: it is the content frame")
     add("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
@@ -148,130 +135,130 @@ def flags():
     add("--data", help="real clips for the two above, from all of this data set (default: stage 1's test clips)")
     add("--split", help="the same, from all that this list names of --data or of stage 1's, such as trainlist01.txt")
     add("--captions", help="CSV whose paths start from --data")
-    add = parser.add_argument_group("how to draw it").add_argument
-    add("--steps", type="count", default=50, help="sampling steps of the content frame, at most 1000")
-    add("--motion-steps", type="count", default=100, help="sampling steps of the motion, at most 1000")
-    add("--guidance", type="number", help="guidance scale of the content frame (default: 2 for shapes, 3 for "
-        "shapes_text, 5 for ucf101, 8.5 for webvid)")
-    add("--motion-guidance", type="number", default=1.0, help="guidance scale of the motion; 1: none")
-    add("--sampler", choices=SAMPLERS, default="ddim", help="dpm++ (2M) needs fewer steps")
-    add("--eta", type="share", default=0.0, help="DDIM's noise, from 0 (none) to 1 (DDPM)")
-    add("--seed", type="whole", default=0, help="a seed gives the same clips whatever the batch size")
-    add("--batch-size", type="count", default=24, help="clips at a time")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the models, with CUDA graphs (default: on a GPU, but for the shapes preset)")
-    add("--dtype", choices=["float32", "bfloat16"],
-        help="of the two diffusion models (default: bfloat16 on a GPU, float32 on a CPU)")
-    add = parser.add_argument_group("output").add_argument
-    add("--out", help="folder (default: a new one in the run folder)")
-    add("--fps", type="count", help="frames per second (default: the training videos', or --data's, divided by stage "
-        "1's --stride, so that things move at their own speed)")
+    # How to draw it
+    add("--steps", type=int, default=50, help="sampling steps of the content frame, at most 1000")
+    add("--motion-steps", type=int, default=100, help="sampling steps of the motion, at most 1000")
+    add("--guidance", type=float, help="guidance scale of the content frame (default: 2 for shapes, 3 for shapes_text, "
+        "5 for ucf101, 8.5 for webvid)")
+    add("--motion-guidance", type=float, default=1.0, help="guidance scale of the motion; 1: none")
+    add("--eta", type=float, default=0.0, help="DDIM's noise, from 0 (none) to 1 (DDPM)")
+    add("--seed", type=int, default=0, help="a seed gives the same clips whatever the batch size")
+    add("--batch-size", type=int, default=24, help="clips at a time")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU, but for shapes)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the diffusion models (default: bfloat16 on a GPU)")
+    # Output
+    add("--out", help="folder (default: a new one in the run folder, or samples/ for models that come with the code)")
+    add("--fps", type=float, help="frames per second (default: the training videos', or --data's, divided by stage 1's "
+        "--stride, so that things move at their own speed)")
     add("--lossless", action="store_true", help="write .mkv files that keep every bit, for scoring, in place of .mp4")
-    return parser
-
-
-def check_flags(args):
-    """Raises InputError for flags that do not fit together."""
-    if args.eta and args.sampler != "ddim":
-        raise InputError(f"--sampler {args.sampler} is deterministic: drop --eta, or use ddim")
+    args = parser.parse_args()
     if args.reconstruct and args.predict_motion or args.prompt is not None and args.prompts:
-        raise InputError("give only one of --reconstruct and --predict-motion, and only one of --prompt and --prompts")
-    if max(args.steps, args.motion_steps) > 1000:
-        raise InputError("--steps and --motion-steps are at most 1000, the number of noise levels in training")
+        parser.error("give only one of --reconstruct and --predict-motion, and only one of --prompt and --prompts")
+    if not 1 <= min(args.steps, args.motion_steps) <= max(args.steps, args.motion_steps) <= 1000:
+        parser.error("--steps and --motion-steps: 1 to 1000, the number of noise levels in training")
     real = args.reconstruct or args.predict_motion
     for name in ("label", "prompt", "prompts", "image", "same_content") if real else ("data", "split", "captions"):
         if getattr(args, name):
-            raise InputError(f"--{name.replace('_', '-')} does not go with "
-                             f"{'real clips' if real else 'generated clips'}: drop it")
+            parser.error(f"--{name.replace('_', '-')} does not go with {'real' if real else 'generated'} clips")
+    if not args.run_dir:
+        here, stages = os.path.dirname(os.path.abspath(__file__)), ("autoencoder", "content", "motion")
+        trained = all(os.path.exists(f"runs/shapes/{stage}.pt") for stage in stages)
+        args.run_dir = "runs/shapes" if trained else os.path.relpath(os.path.join(here, "pretrained", "shapes"))
+    return args
 
 
 def read_wishes(args, with_text, classes):
     """What each clip is to show: (labels or prompts, captions), one for each."""
     if with_text:
-        prompts = [args.prompt] if args.prompt is not None else data.read_lines(args.prompts) if args.prompts else []
+        lines = data.read_text(args.prompts).splitlines() if args.prompts else [args.prompt or ""]
+        prompts = [line.strip() for line in lines if line.strip() or args.prompt is not None]
         if args.label is not None or not prompts:
-            raise InputError(f"{args.run_dir} is conditioned on text: say what to draw with --prompt or --prompts")
+            raise SystemExit(f"{args.run_dir} is conditioned on text: say what to draw with --prompt or --prompts")
         count = args.num or (len(prompts) if args.prompts else 4)
         wishes = [prompts[i % len(prompts)] for i in range(count)]
         return wishes, wishes
     names = classes or ["video"]
     if args.prompt is not None or args.prompts or args.negative_prompt:
-        raise InputError(f"{args.run_dir} is conditioned on classes, not text: use --label, one of "
+        raise SystemExit(f"{args.run_dir} is conditioned on classes, not text: use --label, one of "
                          f"{', '.join(names[:12])}")
-    labels = [i for i, name in enumerate(names) if args.label in (None, name, str(i))]
+    labels = [i for i, name in enumerate(names) if args.label in (None, name)]
+    labels = labels or [i for i in range(len(names)) if args.label == str(i)]  # a number, unless it is a name
     if not labels:
-        raise InputError(f"--label {args.label} is not one of the {len(names)} classes: {', '.join(names[:24])}"
+        raise SystemExit(f"--label {args.label} is not one of the {len(names)} classes: {', '.join(names[:24])}"
                          f"{' ...' if len(names) > 24 else ''}")
     wishes = [labels[i % len(labels)] for i in range(args.num or 24)]
     return wishes, [names[label] for label in wishes]
 
 
-def read_image(path, size):
-    """A picture, resized and centre-cropped to `size` (H, W) -> (1, 3, 1, H, W) in [-1, 1]."""
-    try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"--image {path} cannot be read as a picture: {error}") from None
-    picture = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
-    return data.to_floats(torch.from_numpy(np.array(picture))[None, None])
-
-
-def new_folder(args, rank, world):
-    """Makes --out, or in the run folder the first of samples, samples-2, ... that does not exist, on rank 0."""
-    folder, number = args.out or f"{args.run_dir}/samples", 1
-    while rank == 0 and args.out is None and os.path.exists(folder):
-        number += 1
-        folder = f"{args.run_dir}/samples-{number}"
-    if rank == 0:
-        os.makedirs(folder, exist_ok=True)
-        if os.listdir(folder):
-            raise InputError(f"--out {folder} is not an empty folder: choose another")
-        data.write_lines(f"{folder}/captions.txt", [])  # a folder that is read-only ends this now, not after drawing
-    if world > 1:
-        shared = [folder]
-        torch.distributed.broadcast_object_list(shared)
-        folder = shared[0]
-        data.compare_views(folder)
-    return folder
+def open_real(args, trained, classes):
+    """(data set, indices of the clips to take, frames per second, class numbers of the run by the data set's)."""
+    split, listed = (getattr(args, name) or (None if args.data else trained[name]) for name in ("split", "captions"))
+    everything = bool(args.data or args.split)
+    train, indices, tests, test = data.open_dataset(
+        args.data or trained["data"], trained["frames"], trained["size"], trained["stride"], split, listed, args.seed,
+        everything=everything)
+    if everything and indices is not None:
+        tests, test = train, np.random.default_rng(args.seed).permutation(len(train)).tolist()
+    names, own = tests.classes or ["video"], classes or ["video"]
+    if args.predict_motion and set(names) - set(own):
+        raise SystemExit(f"{args.run_dir} does not know the classes {', '.join(sorted(set(names) - set(own))[:12])}: it "
+                         f"was trained on {', '.join(own[:12])}")
+    if len(test) < (args.num or 0):
+        print(f"{len(test)} clips, not {args.num}: the data set has no more")
+    numbers = {number: own.index(name) for number, name in enumerate(names) if name in own}
+    return tests, test[: args.num or 24], train.frame_rate(), numbers
 
 
 @torch.inference_mode()
 def main():
-    args = flags().parse_args()
-    check_flags(args)
-    rank, world, device, dtype = data.start(args)
-    sampler = Sampler(args, device, dtype)
-    for line in sampler.unfinished if rank == 0 else ():
-        print(f"{args.run_dir}/{line}")
-    trained = sampler.state["args"]
-    size, fps = trained["size"], sampler.state.get("fps", 8)  # [H, W] in pixels; version 0.2 did not save fps
+    args = read_flags()
+    rank, local, world = (int(os.environ.get(name, alone)) for name, alone in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group()
+    preset = data.load_checkpoint(f"{args.run_dir}/autoencoder.pt")["args"]["preset"]
+    compiled = device.type == "cuda" and "shapes" not in preset if args.compile is None else args.compile
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    sampler = Sampler(args, device, dtype, compiled)
+    trained, fps, real, picture = sampler.state["args"], sampler.state["fps"], None, None
 
-    real = None
     if args.reconstruct or args.predict_motion:
-        split, listed = (getattr(args, name) or (None if args.data else trained[name])
-                         for name in ("split", "captions"))
-        everything, indices, real, chosen = data.open_dataset(
-            args.data or trained["data"], trained["frames"], size, trained["stride"], split, listed, trained["seed"])
-        if (args.data or args.split) and indices is not None:  # else the test clips
-            real, chosen = everything, np.random.default_rng(args.seed).permutation(len(everything))
-        wishes, captions = [int(n) for n in chosen[: args.num or 24]], {}
-        fps = everything.frame_rate() if args.data else fps
-        if rank == 0 and len(wishes) < (args.num or 0):
-            print(f"{len(wishes)} clips, not {args.num}: the data set has no more")
+        real, wishes, speed, numbers = open_real(args, trained, sampler.state["classes"])
+        captions, fps = {}, speed if args.data else fps
     else:
         with_text = any(stage and stage.text for stage in (sampler.content, sampler.motion))
         wishes, names = read_wishes(args, with_text, sampler.state["classes"])
         captions = dict(enumerate(names))
-    picture = to_frames(read_image(args.image, size).to(device), sampler.image)[:, :, 0] if args.image else None
-    folder, args.fps = new_folder(args, rank, world), args.fps or fps
-    fake, ending = f"{folder}/fake" if real else folder, "mkv" if args.lossless else "mp4"
-    for path in (f"{folder}/real", fake) if real else [fake]:
+    if args.image:
+        try:
+            picture = data.to_floats(torch.from_numpy(data.read_picture(args.image, trained["size"]))[None, None])
+        except data.BadVideo as error:
+            raise SystemExit(f"--image {args.image} cannot be read as a picture: {error}") from None
+        picture = to_frames(picture.to(device), sampler.image)[:, :, 0]
+
+    folder, number = args.out or ("samples" if "pretrained" in args.run_dir else f"{args.run_dir}/samples"), 1
+    while rank == 0 and args.out is None and os.path.exists(folder + f"-{number}" * (number > 1)):
+        number += 1
+    shared = [folder + f"-{number}" * (number > 1)]
+    if world > 1:
+        dist.broadcast_object_list(shared)
+    folder, ending, args.fps = shared[0], "mkv" if args.lossless else "mp4", args.fps or fps
+    fake = f"{folder}/fake" if real else folder
+    if rank == 0:
+        os.makedirs(folder, exist_ok=True)
+        if os.listdir(folder):
+            raise SystemExit(f"--out {folder} is not an empty folder: choose another")
+        open(f"{folder}/captions.txt", "w").close()  # where nothing can be written, end now
+        print(f"{len(wishes)} clips from {args.run_dir} into {folder}; {device}, {dtype}{', compiled' * compiled}")
+    for path in (f"{folder}/real", fake) if real else ():
         os.makedirs(path, exist_ok=True)
 
-    if rank == 0:
-        print(f"{len(wishes)} clip{'s' * (len(wishes) > 1)} from {args.run_dir}; {device}, {dtype}, {sampler.compiled}")
     shown, drawn, jobs = [], {}, []
-    most = max(1, min(24, 2**21 // (size[0] * size[1])))  # clips in the overview: large ones would make it huge
+    most = max(1, min(24, 2**21 // (trained["size"][0] * trained["size"][1])))  # clips in the overview, by their size
     batches = [range(len(wishes))[n : n + args.batch_size] for n in range(0, len(wishes), args.batch_size)][rank::world]
     bar = tqdm(total=sum(map(len, batches)), desc="sample", unit="clip", disable=rank > 0)
     with concurrent.futures.ThreadPoolExecutor(2) as writers:  # files are written while the next batch is drawn
@@ -279,10 +266,11 @@ def main():
             wanted = [wishes[n] for n in batch]
             if real:
                 items = [real[index] for index in wanted]
-                videos = torch.stack([item["video"] for item in items])
+                videos = torch.stack([data.to_floats(item["video"]) for item in items])
                 content, motion = sampler.autoencoder.encode(to_frames(videos.to(device), sampler.image))
                 captions |= {n: item["caption"] for n, item in zip(batch, items)}
-                wanted = [item["caption" if sampler.motion and sampler.motion.text else "label"] for item in items]
+                with_text = sampler.motion and sampler.motion.text
+                wanted = [item["caption"] if with_text else numbers.get(item["label"]) for item in items]
                 jobs += [writers.submit(data.write_video, f"{folder}/real/{n:05d}.{ending}", video, args.fps)
                          for n, video in zip(batch, videos)]
             elif picture is not None:
@@ -295,7 +283,7 @@ def main():
                 content = sampler.draw_content(wanted, batch)
             if not args.reconstruct:
                 motion = sampler.draw_motion(content, wanted, batch)
-            videos = [video.clone() for video in sampler.decode(content, motion).cpu()]  # not views of one
+            videos = [torch.from_numpy(data.to_uint8(video)) for video in sampler.decode(content, motion)]
             jobs += [writers.submit(data.write_video, f"{fake}/{n:05d}.{ending}", video, args.fps)
                      for n, video in zip(batch, videos)]
             shown += list(zip(batch, videos))[: most - len(shown)]
@@ -305,17 +293,19 @@ def main():
     bar.close()
     if world > 1:
         parts = [None] * world if rank == 0 else None
-        torch.distributed.gather_object((captions, shown), parts)
+        dist.gather_object((captions, shown), parts)
+        dist.destroy_process_group()
         if rank > 0:
             return
         captions = {n: caption for part, _ in parts for n, caption in part.items()}
         shown = sorted((one for _, part in parts for one in part), key=lambda one: one[0])[:most]
-    data.write_lines(f"{folder}/captions.txt", [captions[n].replace("\n", " ") for n in range(len(wishes))])
+    with open(f"{folder}/captions.txt", "w", encoding="utf-8") as file:
+        file.writelines(captions[n].replace("\n", " ") + "\n" for n in range(len(wishes)))
     numbers, clips = zip(*shown)
     data.write_sheet(f"{folder}/samples.png", clips, columns=2, captions=[captions[n] for n in numbers])
     data.write_video(f"{folder}/samples.gif", list(clips), args.fps)
-    print(f"{len(wishes)} clip{'s' * (len(wishes) > 1)} in {folder}; look at {folder}/samples.gif")
+    print(f"{len(wishes)} clips in {folder}; look at {folder}/samples.gif")
 
 
 if __name__ == "__main__":
-    data.launch(main)
+    main()
