@@ -42,8 +42,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.value = nn.Linear(width, 4 * width)
-        self.gate = nn.Linear(width, 4 * width)
+        self.value, self.gate = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width)
         self.reduce = nn.Linear(4 * width, width)
 
     def forward(self, x):
@@ -108,8 +107,7 @@ class TimeSformer(nn.Module):
 class Autoencoder(nn.Module):
     """A clip <-> one content frame and one small motion latent (section 3.2, equations 3 to 6, figure 4).
 
-    channels    C of a frame: 3 for pixels, 4 for Stable Diffusion's latents
-    frames      L, 1 or more
+    channels    C of a frame: 3 for pixels, 4 for Stable Diffusion's latents; frames: L, 1 or more
     size        H and W of a frame, an int or (H, W), divisible by `patch`
     width       C', the transformers' width; they have `depth` blocks with `heads` heads. Defaults: 47.4 M parameters
     motion_channels  D of the motion latent
@@ -124,8 +122,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         height, wide = (size, size) if isinstance(size, int) else size
         if height % patch or wide % patch:
-            raise SystemExit(f"a frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}: choose a size "
-                             f"divisible by {patch}")
+            raise SystemExit(f"a frame of {height}x{wide} cannot be cut into patches of {patch}x{patch}")
         self.channels, self.frames, self.size, self.patch = channels, frames, (height, wide), patch
         self.content, self.smooth, self.squash = content, smooth, squash
         self.grid = (height // patch, wide // patch)  # (H', W')
@@ -167,10 +164,8 @@ class Autoencoder(nn.Module):
 
     def content_frame(self, video, u):
         """Equation 3: a weighted mean of the frames, with weights of its own at every pixel. (B, C, H, W)"""
-        if self.content == "frame":
-            return video[:, :, 0]
-        if self.content == "mean":
-            return video.mean(2)
+        if self.content != "weights":
+            return video.mean(2) if self.content == "mean" else video[:, :, 0]
         logits = self.to_logits(u)
         if self.smooth:
             logits = rearrange(logits.float(), "b l h w c -> (b l) c h w")
@@ -193,13 +188,6 @@ class Autoencoder(nn.Module):
         """The reconstruction of a clip (B, C, L, H, W). noise: added to the motion latent, for training."""
         content, motion = self.encode(video)
         return self.decode(content, motion if noise is None else motion + noise)
-
-    def normalise(self, motion):
-        """Motion latents (B, D, L, H'+W') as the motion model sees them: mean 0 and deviation 1 in every channel."""
-        return (motion - self.motion_mean) / self.motion_std
-
-    def denormalise(self, motion):
-        return motion * self.motion_std + self.motion_mean
 
 
 def reconstruction_loss(output, video, kind, lpips=None, chosen=None):
@@ -229,10 +217,11 @@ SHAPES = dict(
     smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay=True,
     clips=4000, clips_per_video=1, save_every=500, preview_every=1000, log_every=50, workers=0,
 )
+TINY_SD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "tiny-sd.safetensors")
 PRESETS = {
     "shapes": SHAPES,
     # The same on latents of 8x8, with captions. With patches of 1 `smooth` changes nothing.
-    "shapes_text": dict(SHAPES, data="shapes_text", sd=data.TINY_SD, channels=4, patch=1),
+    "shapes_text": dict(SHAPES, data="shapes_text", sd=TINY_SD, channels=4, patch=1),
     # Plus LPIPS with --lpips, which needs two files. 32 clips of each video: stages 2 and 3 see each video 3,000 times.
     "ucf101": dict(PAPER, size=[64], channels=3, loss="l1", clips_per_video=32),
     "webvid_sd15": dict(PAPER, size=[512], channels=4, loss="mse"),
@@ -267,12 +256,10 @@ def read_flags():
     add("--motion-channels", type=int, help="D (table 4b: 8 or 16)")
     add("--depth", type=int, help="blocks in the encoder and in the decoder")
     add("--heads", type=int, help="attention heads, each width / heads wide")
-    add("--content", choices=["weights", "mean", "frame"], default="weights",
-        help="the content frame: learned weights, plain mean (table 4b), or the first frame")
+    add("--content", choices=["weights", "mean", "frame"], default="weights", help="what the content frame is (4b)")
     add("--smooth", action=argparse.BooleanOptionalAction, help="content weights for each token, not for each pixel")
     add("--loss", choices=["mse", "l1"], help="squared or absolute error of the frames")
-    add("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="vgg16-397923af.pth and LPIPS's vgg.pth: adds LPIPS of one "
-        "random frame of each clip to the loss (pixels only)")
+    add("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="add LPIPS: vgg16-397923af.pth, LPIPS's vgg.pth")
     add("--noise", type=float, help="standard deviation of the noise on the motion latent")
     add("--steps", type=int, help="steps in all")
     add("--batch-size", type=int, help="clips in a step, over all ranks")
@@ -302,7 +289,7 @@ def read_flags():
         saved = data.load_checkpoint(f"{source}/autoencoder.pt")
     parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
     args = parser.parse_args()
-    args.run_dir, args.resume, args.encode, args.size = run_dir, given.resume, given.encode, list(data.pair(args.size))
+    args.run_dir, args.resume, args.encode, args.size = run_dir, given.resume, given.encode, (args.size * 2)[:2]
     for name in vars(args).keys() - CHANGEABLE - (ENCODING if encode else set()) if saved else ():
         if getattr(args, name) != saved["args"][name]:
             raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
@@ -311,7 +298,7 @@ def read_flags():
         raise SystemExit(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions"
                          + ", and --sd: a raw Stable Diffusion or image autoencoder file" * (args.channels == 4))
     if saved and not saved.get("optimizer") and (source == run_dir and encode or saved["step"] < args.steps):
-        raise SystemExit(f"{source} comes without its optimizer and is not trained further: `--encode {source} --run-dir "
+        raise SystemExit(f"{source} comes without its optimizer and stays as it is: `--encode {source} --run-dir "
                          "runs/mine` encodes with its autoencoder into a folder of yours")
     if encode and saved["step"] < args.steps:
         raise SystemExit(f"stage 1 stopped after step {saved['step']} of {args.steps}: finish it with --resume, or add "
@@ -339,7 +326,7 @@ def encode_dataset(args, model, image, dataset, indices, tests, test, rank, worl
     made_of.update(repr([args.content, args.smooth, args.size, args.stride, args.seed, args.clips_per_video,
                          args.shard_size, dataset.identity, tests.identity]).encode())
     for clips, chosen in ((dataset, indices), (tests, test)):
-        for index in chosen:
+        for index in chosen if hasattr(clips, "stamp") else ():  # of files
             made_of.update(clips.stamp(index))
     identity, n, total = made_of.hexdigest()[:16], args.clips_per_video, len(indices) * args.clips_per_video
     shards = [range(total)[i : i + args.shard_size] for i in range(0, total, args.shard_size)] + [range(len(test))[:64]]
@@ -348,8 +335,8 @@ def encode_dataset(args, model, image, dataset, indices, tests, test, rank, worl
     bar = tqdm(total=sum(map(len, shards[rank::world])), desc="encode", unit="clip", disable=rank > 0)
 
     def encode_shard(number):
-        path, clips, last = data.shard_path(args.run_dir, number), shards[number], number == len(shards) - 1
-        if os.path.exists(path) and data.open_shard(path)[2] == identity:
+        clips, last = shards[number], number == len(shards) - 1
+        if data.open_shard(args.run_dir, number)[2] == identity:
             bar.update(len(clips))
             return
         keys = [(int(test[i]), 0) if last else (int(indices[i // n]), i % n) for i in clips]
@@ -368,7 +355,7 @@ def encode_dataset(args, model, image, dataset, indices, tests, test, rank, worl
                 captions += batch["caption"]
         if device.type == "cuda":
             torch.cuda.synchronize()  # until then, copies to the CPU may be under way
-        data.write_shard(path, identity, *(torch.cat(part) for part in zip(*parts)), labels, captions)
+        data.write_shard(args.run_dir, number, identity, *(torch.cat(part) for part in zip(*parts)), labels, captions)
 
     with bar:
         for first in range(0, len(shards), world):  # in rounds, so that all ranks stop after the same one
@@ -381,7 +368,7 @@ def encode_dataset(args, model, image, dataset, indices, tests, test, rank, worl
                 print("stopped while encoding: --resume goes on after the shards that are written")
                 sys.exit(130)
     data.open_shard.cache_clear()
-    written = [data.open_shard(data.shard_path(args.run_dir, number)) for number in range(len(shards) - 1)]
+    written = [data.open_shard(args.run_dir, number) for number in range(len(shards) - 1)]
     counts = [len(captions) for _, captions, _ in written]
     if not sum(counts):
         raise SystemExit(f"not one clip of {args.data} could be encoded")
@@ -440,8 +427,8 @@ def main():
     run_dir, path, encode = args.run_dir, f"{args.run_dir}/autoencoder.pt", args.encode is not None
 
     # Ranks and device. torchrun sets these variables; without it, this is rank 0 of 1
-    rank, local, world = (int(os.environ.get(name, alone)) for name, alone in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -457,7 +444,6 @@ def main():
     if args.batch_size % (world * args.accumulate):
         raise SystemExit(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
                          f"times --accumulate {args.accumulate}")
-    os.makedirs(f"{run_dir}/previews", exist_ok=True)
     half = args.dtype == "bfloat16" or args.dtype is None and device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16, half)
 
@@ -506,8 +492,8 @@ def main():
         if rank == 0:
             torch.save(dict(
                 step=step, args=vars(args), config=config, classes=dataset.classes, fps=fps, videos=dataset.identity,
-                identity=identity, encodings=encodings, rows=rows, model=model.state_dict(),
-                optimizer=optimizer.state_dict() if optimizer.state else None, image_autoencoder=image_weights), f"{path}.tmp")
+                identity=identity, encodings=encodings, rows=rows, model=model.state_dict(), image_autoencoder=
+                image_weights, optimizer=optimizer.state_dict() if optimizer.state else None), f"{path}.tmp")
             os.replace(f"{path}.tmp", path)  # a kill at any moment leaves the old file or the new one, whole
 
     # Ctrl-C, SIGTERM or a closed terminal: save and end, all ranks after the same step. A second Ctrl-C ends at once.
@@ -521,6 +507,7 @@ def main():
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, receive)
 
+    os.makedirs(f"{run_dir}/previews", exist_ok=True)
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
     parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
@@ -560,8 +547,7 @@ def main():
         losses, in_a_row = losses + [loss] * finite, 0 if finite else in_a_row + 1
         skipped += not finite
         if in_a_row == 5:
-            raise SystemExit("the last 5 steps had a NaN or infinite loss and were skipped: lower --lr, or look at the "
-                             "data; the last checkpoint, if there is one, holds good weights")
+            raise SystemExit("5 steps in a row had a NaN or infinite loss: lower --lr, or look at the data")
         done, stopping, scores = step + 1, stop.clone(), {}  # a signal can come at any time, and all ranks must agree
         if world > 1:
             dist.all_reduce(stopping)
@@ -570,13 +556,13 @@ def main():
             picture = f"{run_dir}/previews/autoencoder-{done:06d}.png"
             scores = evaluate(model, image, tests, test[: 240 if done == last else 32], picture, device, stop)
         if due or done % args.log_every == 0:
-            mean = torch.stack(losses or [loss * math.nan]).mean() / world
+            average = torch.stack(losses or [loss * math.nan]).mean() / world
             if world > 1:
-                dist.all_reduce(mean)
+                dist.all_reduce(average)
             speed = len(losses) * args.batch_size / seconds
-            rows.append(dict(step=done, loss=mean.item(), skipped=skipped, lr=lr, grad_norm=norm.item(),
+            rows.append(dict(step=done, loss=average.item(), skipped=skipped, lr=lr, grad_norm=norm.item(),
                              clips_per_second=speed, **scores))
-            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} clips/s")
+            bar.set_postfix_str(f"loss {average:.4f}, {speed:.1f} clips/s")
             if rank == 0:
                 with open(f"{run_dir}/autoencoder.csv.tmp", "w", newline="") as file:
                     table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
@@ -745,8 +731,8 @@ def to_pixels(video, image):
 
 
 class LPIPS(nn.Module):
-    """The perceptual distance of Zhang et al. (2018), VGG16 version 0.1, frozen: (N, 3, H, W) twice, in [-1, 1], with H
-    and W at least 16 -> (N,), 0 for equal images."""
+    """The perceptual distance of Zhang et al. (2018), VGG16 version 0.1, frozen: images (N, 3, H, W) twice, in [-1, 1],
+    of at least 16x16 -> (N,), 0 for equal images."""
 
     def __init__(self):
         super().__init__()
@@ -770,8 +756,6 @@ class LPIPS(nn.Module):
                 yield y / (y.square().sum(1, keepdim=True) + 1e-20).sqrt()  # 1e-20: a finite gradient at 0
 
     def forward(self, images, others):
-        if min(images.shape[2:]) < 16:
-            raise SystemExit(f"LPIPS needs images of at least 16x16, not {images.shape[2]}x{images.shape[3]}")
         return sum(lin((a - b).square()).mean((1, 2, 3))
                    for lin, a, b in zip(self.lin, self.stages(images), self.stages(others)))
 
@@ -811,15 +795,15 @@ def read_checkpoint(path):
             tensors = load_file(path)
         else:
             tensors = find_tensors(torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
-    except OSError as error:
-        raise SystemExit(str(error)) from None
+    except (OSError, MemoryError) as error:
+        raise SystemExit(f"{path} cannot be read: {error!r}") from None
     except Exception as error:  # a damaged file can raise anything
         fault = "it is half a download, or not a file of weights: download it again"
         if head.startswith(b"version https://git-lfs"):
             fault = "it is a Git LFS pointer: run git lfs pull"
         elif head.lstrip().startswith(b"<"):
             fault = "it is an HTML page, not weights: download it again"
-        elif "weights_only" in str(error):
+        elif "Unsupported" in str(error):
             fault = "it holds other objects beside weights: take the .safetensors of the same model"
         raise SystemExit(f"{path}: {fault} ({' '.join(str(error).split())[:120]})") from None
     for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's
@@ -853,9 +837,8 @@ def load_weights(module, tensors, what):
         raise SystemExit(f"{what}: {' '.join(str(error).split())[:400]}") from None
 
 
-# Notes
-# 1. cuDNN's attention can give NaN gradients on an H100 (pytorch issue 196678).
-# 2. torch compiles the backward pass in the first forward, so that suppress_errors covers it too.
+# Note 1: cuDNN's attention can give NaN gradients on an H100 (pytorch issue 196678). Note 2: this compiles the backward
+# pass in the first forward already, where suppress_errors covers it too.
 
 if __name__ == "__main__":
     main()

@@ -47,10 +47,8 @@ class Diffusion:
     """
 
     def __init__(self, schedule="linear", predict="eps"):
-        if schedule == "linear":
-            beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-        else:
-            beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        start, end, power = (1e-4, 0.02, 1) if schedule == "linear" else (0.00085**0.5, 0.012**0.5, 2)
+        beta = torch.linspace(start, end, 1000, dtype=torch.float64) ** power
         self.abar = (1 - beta).cumprod(0).float()  # (1000,)
         self.predict = predict
 
@@ -77,6 +75,8 @@ class Diffusion:
     def test_loss(self, model, x, *others):
         """The loss of test clips x (N, ...), for early stopping: 64 pairs of a clip and a t, spread evenly over 0..999,
         always with the same noise, so that steps and runs compare. others: model(x_t, t, *others), a row a clip."""
+        if not len(x):  # no test video can be read
+            return math.nan
         clips = torch.arange(max(64, len(x)), device=x.device) % len(x)
         eps = torch.randn(len(clips), *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x.device)
         rows = zip(torch.linspace(0, 999, len(clips), device=x.device).long().split(1), eps.split(1),
@@ -158,35 +158,23 @@ def attend(q, k, v, heads, causal=False):
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
-class DiTAttention(nn.Module):
-    """Self-attention among N tokens: (B, N, width) -> (B, N, width)."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        return self.proj(attend(*self.qkv(x).chunk(3, dim=2), self.heads))
-
-
 class DiTBlock(nn.Module):
     """A transformer block that the condition c shifts, scales and gates (AdaLN): x (B, N, width), c (B, width) -> x's
     shape. The gates start at 0, so that it is the identity at first."""
 
     def __init__(self, width, heads):
         super().__init__()
+        self.heads = heads
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = DiTAttention(width, heads)
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(width, 3 * width), proj=nn.Linear(width, width)))
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(width, 4 * width), fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
-        c = self.adaLN_modulation(c)[:, None]  # (B, 1, 6 width)
-        shift1, scale1, gate1, shift2, scale2, gate2 = c.chunk(6, dim=2)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=2)
+        q, k, v = self.attn.qkv(self.norm1(x) * (1 + scale1) + shift1).chunk(3, dim=2)
+        x = x + gate1 * self.attn.proj(attend(q, k, v, self.heads))
         h = F.gelu(self.mlp.fc1(self.norm2(x) * (1 + scale2) + shift2), approximate="tanh")
         return x + gate2 * self.mlp.fc2(h)
 
@@ -254,6 +242,7 @@ PAPER = dict(  # table 7
     patch=2, predict="eps", lr=1e-4, batch_size=256, decay=False, ema=0.999, drop=0.1, save_every=2000,
     preview_every=2000, log_every=50, workers=8,
 )
+TINY_SD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "tiny-sd.safetensors")
 PRESETS = {
     # Unlike the paper: a small DiT that predicts the clean frame, which it learns faster; a higher learning rate, which
     # decays; a shorter EMA (the weights' moving average, which is what sampling uses). In every preset label embeddings
@@ -263,7 +252,7 @@ PRESETS = {
         ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     "shapes_text": dict(
-        model="sd", sd=data.TINY_SD, predict="eps", schedule="scaled_linear", lr=5e-4, batch_size=16,
+        model="sd", sd=TINY_SD, predict="eps", schedule="scaled_linear", lr=5e-4, batch_size=16,
         steps=1500, decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=500, log_every=50, workers=0,
     ),
     # 3,000 epochs of 9,537 videos, and 3 epochs of 10.7 M.
@@ -288,7 +277,6 @@ def read_flags():
     add("--model", choices=[*DIT_SIZES, "sd"], help="DiT's size, or sd: Stable Diffusion's U-Net")
     add("--patch", type=int, help="DiT's patch on the content frame")
     add("--sd", help="raw Stable Diffusion 1.5 or 2.1-base file to start from, for --model sd")
-    add("--from-scratch", action="store_true", help="U-Net of --sd's sizes with random weights, to compare with")
     add("--dit", help="raw ImageNet DiT file to start a DiT from, such as DiT-XL-2-256x256.pt")
     add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean latent")
     add("--schedule", choices=["linear", "scaled_linear"], help="betas: DiT's, or Stable Diffusion's")
@@ -334,8 +322,7 @@ def read_flags():
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 def load_content(run_dir, state=None):
-    """(DiT or UNet with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU.
-    state: the checkpoint, where it has been read."""
+    """(DiT or UNet with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder or checkpoint."""
     state = state or data.load_checkpoint(f"{run_dir}/content.pt")
     diffusion = Diffusion(state["args"]["schedule"], state["args"]["predict"])
     if state["config"] is None:
@@ -348,27 +335,20 @@ def load_content(run_dir, state=None):
 def new_model(args, shape, classes, rank):
     """(config, DiT, None) or (None, UNet, TextEncoder) to train, by the flags and the encodings."""
     C, *size = shape
-    if (args.sd or args.from_scratch) and args.model != "sd" or args.dit and args.model == "sd":
-        raise SystemExit("--sd and --from-scratch are for --model sd, --dit for the other models")
-    if args.model == "sd":
-        if not args.sd:
-            raise SystemExit("--model sd needs --sd: a raw Stable Diffusion 1.5 or 2.1-base file")
-        unet, text_encoder = load_stable_diffusion(args.sd, args.predict)
-        if args.from_scratch:
-            unet.apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
-        return None, unet, text_encoder
+    if (args.model == "sd") != bool(args.sd) or args.dit and args.sd:
+        raise SystemExit("--model sd needs --sd, a raw Stable Diffusion 1.5 or 2.1-base file; --dit is for the others")
+    if args.sd:
+        return None, *load_stable_diffusion(args.sd, args.predict)
     config = dict(channels=C, size=size, patch=args.patch, classes=max(1, len(classes)), **DIT_SIZES[args.model])
     dit = DiT(**config)
     if args.dit:
-        unused = load_dit(args.dit, dit)
-        print(unused, end="\n" if rank == 0 else "")
+        load_dit(args.dit, dit, rank == 0)
     return config, dit, None
 
 
 @torch.no_grad()
 def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast):
-    """Writes a picture of 16 content frames (4 from Stable Diffusion), made by 25 DDIM steps without guidance. Returns
-    the test loss."""
+    """Writes a picture of 16 content frames (4 of latents), by 25 DDIM steps, no guidance. Returns the test loss."""
     image = load_autoencoder(args.run_dir, device)[1]
     number = 4 if image else 16
     batch = dict(label=torch.arange(number) % ema.classes if hasattr(ema, "classes") else None,
@@ -391,8 +371,8 @@ def main():
     dataset, classes = data.EncodedClips(run_dir, stage1), stage1["classes"]  # content frames, labels, captions
 
     # Ranks and device, as in stage 1
-    rank, local, world = (int(os.environ.get(name, alone)) for name, alone in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -408,7 +388,6 @@ def main():
     if args.batch_size % (world * args.accumulate):
         raise SystemExit(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
                          f"times --accumulate {args.accumulate}")
-    os.makedirs(f"{run_dir}/previews", exist_ok=True)
     half = args.dtype == "bfloat16" or args.dtype is None and device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16, half)
 
@@ -426,8 +405,7 @@ def main():
         config, model, text_encoder = new_model(args, shape, classes, rank)
     ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
     model.checkpointing = args.checkpointing
-    if text_encoder:
-        text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    text_encoder = text_encoder and text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
     optimizer, rows = torch.optim.Adam(weights, lr=args.lr, fused=True), saved["rows"] if saved else []
     if saved:  # load_content loaded the averaged weights: now the trained ones
@@ -469,6 +447,7 @@ def main():
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, receive)
 
+    os.makedirs(f"{run_dir}/previews", exist_ok=True)
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
     parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
@@ -479,8 +458,7 @@ def main():
               f"{first} to {last}, {path}; {device}, {'bfloat16' if half else 'float32'}{', compiled' * compiled}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="content", disable=rank > 0)
     for step in bar:
-        # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank
-        # takes its rows: they are the same after a resume or with another number of ranks.
+        # Random numbers for the whole batch, of which each rank takes its rows, as in stage 1
         generator.manual_seed(args.seed * 1_000_003 + step)
         t = torch.randint(1000, (args.batch_size,), generator=generator, device=device)[mine]
         eps = torch.randn(args.batch_size, *shape, generator=generator, device=device)[mine]
@@ -512,8 +490,7 @@ def main():
         losses, in_a_row = losses + [loss] * finite, 0 if finite else in_a_row + 1
         skipped += not finite
         if in_a_row == 5:
-            raise SystemExit("the last 5 steps had a NaN or infinite loss and were skipped: lower --lr, or look at the "
-                             "data; the last checkpoint, if there is one, holds good weights")
+            raise SystemExit("5 steps in a row had a NaN or infinite loss: lower --lr, or look at the data")
         done, stopping, scores = step + 1, stop.clone(), {}  # a signal can come at any time, and all ranks must agree
         if world > 1:
             dist.all_reduce(stopping)
@@ -521,13 +498,13 @@ def main():
         if due and rank == 0:
             scores["test_loss"] = preview(args, done, ema, diffusion, condition_of, dataset, device, autocast)
         if due or done % args.log_every == 0:
-            mean = torch.stack(losses or [loss * math.nan]).mean() / world
+            average = torch.stack(losses or [loss * math.nan]).mean() / world
             if world > 1:
-                dist.all_reduce(mean)
+                dist.all_reduce(average)
             speed = len(losses) * args.batch_size / seconds
-            rows.append(dict(step=done, loss=mean.item(), skipped=skipped, lr=lr, grad_norm=norm.item(),
+            rows.append(dict(step=done, loss=average.item(), skipped=skipped, lr=lr, grad_norm=norm.item(),
                              clips_per_second=speed, **scores))
-            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} clips/s")
+            bar.set_postfix_str(f"loss {average:.4f}, {speed:.1f} clips/s")
             if rank == 0:
                 with open(f"{run_dir}/content.csv.tmp", "w", newline="") as file:
                     table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
@@ -571,9 +548,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width, context, heads):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context, width, bias=False)
-        self.to_v = nn.Linear(context, width, bias=False)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(n, width, bias=False) for n in (width, context, context))
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x, context):
@@ -671,7 +646,8 @@ class UNet(nn.Module):
         for layer in layers:
             if isinstance(layer, (ResBlock, SpatialTransformer)):
                 c = time if isinstance(layer, ResBlock) else context
-                x = checkpoint(layer, x, c, use_reentrant=False) if self.checkpointing and self.training else layer(x, c)
+                again = self.checkpointing and self.training
+                x = checkpoint(layer, x, c, use_reentrant=False) if again else layer(x, c)
             elif isinstance(layer, nn.ModuleDict):  # upsampling
                 x = layer["conv"](F.interpolate(x, size=size, mode="nearest"))
             else:
@@ -774,10 +750,7 @@ def build_unet(tensors, path):
     first, keys = "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     what = f"{path} is not a Stable Diffusion 1.5 or 2.1 file"
     own = find_part(tensors, "model.diffusion_model.", [first, keys], what)
-    width, channels = own[first].shape[:2]
-    if channels != 4 or any(name.startswith("label_emb.") for name in own):
-        raise SystemExit(f"{path}: this U-Net has {channels} input channels{', and class labels' * (channels == 4)}, "
-                         "as inpainting models and SDXL do: 1.5 or 2.1-base is needed")
+    width = len(own[first])
     levels = 1 + sum(name.endswith(".0.op.weight") for name in own)
     blocks = len({name.split(".")[1] for name in own if name.startswith("input_blocks.")}) // levels - 1
     multipliers = [len(own.get(f"input_blocks.{1 + i * (blocks + 1)}.0.out_layers.3.weight", own[first])) // width
@@ -785,7 +758,7 @@ def build_unet(tensors, path):
     linear = own.get("input_blocks.1.1.proj_in.weight", own[keys]).ndim == 2
     with torch.device("meta"):
         unet = UNet(width, own[keys].shape[1], 8, 64 if linear else None, multipliers, blocks)
-    load_weights(unet, own, f"{path}: the U-Net")
+    load_weights(unet, own, f"{path}: the U-Net (inpainting models and SDXL do not fit)")
     return unet.to(memory_format=torch.channels_last)  # the layout in which tensor cores convolve
 
 
@@ -810,8 +783,18 @@ def from_openclip(tensors):
     return own
 
 
-def build_text_encoder(tensors, path):
-    """The frozen TextEncoder in a file's tensors, named as Hugging Face or OpenCLIP do. `path` starts an error."""
+def open_text_encoder(config, weights, what="the run folder's text encoder"):
+    """A frozen TextEncoder, float32, on the CPU, from its state() in a checkpoint."""
+    with torch.device("meta"):
+        encoder = TextEncoder(**config)
+    load_weights(encoder, weights, what)
+    return encoder.eval().requires_grad_(False)
+
+
+def load_text_encoder(path, tensors=None):
+    """The frozen TextEncoder of a full Stable Diffusion file, CLIP ViT-L/14 (named as Hugging Face does) or OpenCLIP
+    ViT-H/14. tensors: the file's, where it has been read."""
+    tensors = tensors or read_checkpoint(path)
     openclip = any("resblocks." in name for name in tensors)
     table = "token_embedding.weight" if openclip else "embeddings.token_embedding.weight"
     prefix = next((name.removesuffix(table) for name in tensors if name.endswith(table)), "")
@@ -824,38 +807,24 @@ def build_text_encoder(tensors, path):
     return open_text_encoder(config, own, f"{path}: the text encoder")
 
 
-def open_text_encoder(config, weights, what="the run folder's text encoder"):
-    """A frozen TextEncoder, float32, on the CPU, from its state() in a checkpoint."""
-    with torch.device("meta"):
-        encoder = TextEncoder(**config)
-    load_weights(encoder, weights, what)
-    return encoder.eval().requires_grad_(False)
-
-
-def load_text_encoder(path):
-    """The frozen TextEncoder of a full Stable Diffusion file, CLIP ViT-L/14 (Hugging Face) or OpenCLIP ViT-H/14."""
-    return build_text_encoder(read_checkpoint(path), path)
-
-
 @torch.no_grad()
 def load_stable_diffusion(path, predict="eps"):
     """A full Stable Diffusion 1.5 or 2.1-base file (.safetensors, .ckpt) -> UNet, TextEncoder (frozen), float32, CPU.
     The shapes tell the version. A model that seems to predict v, as 2.1's 768 model does, gives a warning."""
     tensors = read_checkpoint(path)
-    unet, encoder = build_unet(tensors, path), build_text_encoder(tensors, path)
+    unet, encoder = build_unet(tensors, path), load_text_encoder(path, tensors)
     # At t = 999 the input is almost pure noise: eps-models return it, v-models about -x0.
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     output = unet(x, torch.tensor([999]), encoder.encode([""]))
     agreement = F.cosine_similarity(output.flatten(), x.flatten(), dim=0).item()
     if predict != "v" and agreement < 0.7:
         warnings.warn(f"{path}: at t = 999 the U-Net's output has cosine {agreement:.2f} with the noise, not almost 1"
-                      ": add --predict v if it predicts v, as 2.1's 768 model does; else it is not trained", stacklevel=2)
+                      ": add --predict v if it predicts v, as 2.1's 768 model does; else it is untrained", stacklevel=2)
     return unet, encoder
 
 
-def load_dit(path, dit):
-    """Loads DiT's raw ImageNet weights (DiT-XL-2-256x256.pt) into a DiT and returns a line on what could not be used.
-    SystemExit for another kind of file, width or depth."""
+def load_dit(path, dit, say=True):
+    """Loads DiT's raw ImageNet weights (DiT-XL-2-256x256.pt) into a DiT and says what could not be used."""
     table, last = "y_embedder.embedding_table.weight", "final_layer.linear."
     tensors = find_part(read_checkpoint(path), "", ["x_embedder.proj.weight", table, last + "weight"],
                         f"{path} is not a DiT checkpoint")
@@ -870,7 +839,8 @@ def load_dit(path, dit):
         unused += f", its first and last layer ({channels} channels, patch {patch})"
     load_weights(dit, tensors, f"{path}: the DiT")
     dit.y_embedder.embedding_table.weight.data[-1] = nothing  # the last row stands for no class
-    return f"{path}: not used are {unused}"
+    if say:
+        print(f"{path}: not used are {unused}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import re
 import signal
 import sys
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -33,8 +33,7 @@ from safetensors.torch import save_file
 
 def pair(size):
     """An int, (N,) or (H, W) -> (H, W)."""
-    size = (size,) if isinstance(size, int) else tuple(size)
-    return size * 2 if len(size) == 1 else size
+    return (size, size) if isinstance(size, int) else tuple(size) * (2 // len(size))
 
 
 def digest(*values):
@@ -57,7 +56,6 @@ COLOURS = {  # RGB, 0..1
     "cyan": (0.38, 0.78, 0.82), "blue": (0.40, 0.55, 0.90), "purple": (0.72, 0.48, 0.90), "white": (0.88, 0.88, 0.88),
 }
 HELD_OUT = {"red square", "green circle", "blue triangle", "white triangle"}  # in no clip of the captioned shapes
-TINY_SD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "tiny-sd.safetensors")  # draws them
 
 
 def caption_of(colour, shape, move=None):
@@ -66,10 +64,9 @@ def caption_of(colour, shape, move=None):
 
 class MovingShapes(torch.utils.data.Dataset):
     """One shape moves in one direction over a dark background: 12 classes, made on the fly. Clip i depends on (seed,
-    split, i) alone. `train` is endless (its length is nominal), `test` is a fixed set of other clips.
-
-    captioned: for text-to-video. No classes; the pairs of colour and shape in HELD_OUT never occur; and a third of the
-    captions in `train` leave the motion out, so that one content frame has several motions."""
+    split, i) alone. `train` is endless (its length is nominal), `test` is a fixed set of other clips. captioned: for
+    text to video: no classes, no pairs of colour and shape in HELD_OUT, and a third of the captions in `train` leave
+    the motion out, so that one content frame has several motions."""
 
     classes = [f"{shape} moving {move}" for shape in SHAPES for move in MOVES]
 
@@ -84,9 +81,6 @@ class MovingShapes(torch.utils.data.Dataset):
 
     def frame_rate(self):
         return 8.0  # ours to choose
-
-    def stamp(self, index):
-        return b""  # see Videos
 
     def __getitem__(self, key):
         index, number = key if isinstance(key, tuple) else (key, 0)
@@ -120,8 +114,7 @@ def draw_clip(rng, shape, colour, move, frames, size):
     travel = free * MOVES[move] * rng.uniform(0.6, 1)
     start = reach + np.maximum(0, -travel) + rng.uniform(0, 1, 2) * (free - np.abs(travel))
     centre = start + np.linspace(0, 1, frames)[:, None] * travel  # (L, 2)
-    px = x - centre[:, 0, None, None]  # (L, 1, W)
-    py = y - centre[:, 1, None, None]  # (L, H, 1)
+    px, py = x - centre[:, 0, None, None], y - centre[:, 1, None, None]  # (L, 1, W), (L, H, 1)
     cover = np.clip(0.5 - DISTANCE[shape](px, py, reach), 0, 1)[..., None]  # (L, H, W, 1), edges anti-aliased
     colour = np.clip(colour + rng.uniform(-0.08, 0.08, 3), 0, 1)
     clip = background + cover * (colour - background)  # (L, H, W, 3)
@@ -159,7 +152,7 @@ def open_video(path):
                 raise BadVideo("no video stream that can be decoded")
             stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
             yield file, stream
-    except (av.error.FFmpegError, OSError, ValueError, OverflowError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, OverflowError, StopIteration) as error:
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
 
 
@@ -172,8 +165,7 @@ def decode(path, span, place):
         indexed = file.format.name.startswith("mov") and len(stream.index_entries) == stream.frames > 0
         packets = (packet for packet in file.demux(stream) if packet.size and not packet.is_discard)
         times = [] if indexed else [packet.pts for packet in packets]
-        count = len(index if indexed else times)
-        if count < span:
+        if (count := len(index if indexed else times)) < span:
             raise BadVideo(f"too short: has {count} frame{'s' * (count != 1)}, {span} needed")
         first = int(place * (count - span + 1))
         if indexed:  # a large .mp4 is not read through: frames lie at most 16 places from where they are shown
@@ -188,8 +180,7 @@ def decode(path, span, place):
         if start is not None:
             file.seek(start, stream=stream)  # to the key frame before it
             frames = itertools.dropwhile(lambda frame: frame.pts is None or frame.pts < start, file.decode(stream))
-            frame = next(frames, None)
-            if frame is not None and frame.pts == start:
+            if (frame := next(frames, None)) and frame.pts == start:
                 yield from ((frame, oblong) for frame in itertools.chain([frame], frames))
                 return
     with open_video(path) as (file, stream):  # without times, or where seeking missed the frame
@@ -197,20 +188,19 @@ def decode(path, span, place):
 
 
 def read_clip(path, frames, size=None, stride=1, rng=None):
-    """Every `stride`-th frame of a video, `frames` in all, RGB: np.uint8 (L, H, W, 3).
+    """Every `stride`-th frame of a video, `frames` in all, in the decoder's order, RGB: np.uint8 (L, H, W, 3).
 
-    A clip is consecutive frames of what the decoder puts out, in its order. size: int or (H, W); the picture is resized
-    until it just covers H x W, and its centre is cut out; None keeps the file's size. rng: a numpy Generator that
-    chooses the start, uniformly among those that leave room for the clip; None starts at the first frame. Rotated
-    videos come out upright, oblong pixels square. Raises BadVideo: unreadable, damaged, or too short."""
+    size: int or (H, W); the picture is resized until it just covers H x W, and its centre is cut out; None keeps the
+    file's size. rng: a numpy Generator that chooses the start, uniformly among those that leave room for the clip; None
+    starts at the first frame. Rotated videos come out upright, oblong pixels square. BadVideo: damaged or too short."""
     span = (frames - 1) * stride + 1
     for place in [rng.random(), 0.0] if rng else [0.0]:  # where a file is damaged, its first frames may be whole
         try:
             scaler, chosen = VideoReformatter(), itertools.islice(decode(path, span, place), 0, span, stride)
             clip = [resize(frame, oblong, size, scaler) for frame, oblong in chosen]
-            if len(clip) == frames:
-                return np.stack(clip)
-            fault = BadVideo(f"damaged: only {len(clip)} of {frames} frames can be decoded")
+            if len(clip) < frames:
+                raise BadVideo(f"damaged: only {len(clip)} of {frames} frames can be decoded")
+            return np.stack(clip)
         except BadVideo as error:
             fault = error
     raise fault
@@ -238,8 +228,7 @@ def read_picture(path, size=None):
         if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
             picture = Image.fromarray((np.asarray(picture).astype(np.float64) / 257).round().astype(np.uint8))
         if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
         picture = picture.convert("RGB")
         return np.array(ImageOps.fit(picture, pair(size)[::-1], Image.Resampling.BICUBIC) if size else picture)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
@@ -254,11 +243,10 @@ def to_floats(video):
 # ---- Data sets of videos --------------------------------------------------------------------------------------------
 
 class Videos(torch.utils.data.Dataset):
-    """Clips of video files. Items: dict(video uint8 (L, H, W, 3), label int, caption str).
-
-    A key is an index, or (index, number): number says which of the video's random clips. The same (seed, index, number)
-    gives the same clip in any process. An unusable file is named on stderr once, and another, chosen by the same
-    numbers, takes its place; with replace = False the item is None. rows: (path in `root`, label, caption) each."""
+    """Clips of video files. Items: dict(video uint8 (L, H, W, 3), label int, caption str). A key is an index, or
+    (index, number), where number says which of the video's random clips; the same key and seed give the same clip
+    anywhere. An unusable file is named on stderr once, and another, chosen by the same numbers, takes its place; with
+    replace = False the item is None. rows: (path in `root`, label, caption) each."""
 
     replace = True
 
@@ -266,7 +254,7 @@ class Videos(torch.utils.data.Dataset):
         paths, labels, captions = zip(*rows)
         text = np.dtypes.StringDType()  # no Python objects, whose reference counts would copy them into every worker
         self.paths, self.labels, self.captions = np.array(paths, text), np.array(labels), np.array(captions, text)
-        self.root, self.classes, self.about = root, classes, about
+        self.root, self.classes, self.text = root, classes, about
         self.frames, self.size, self.stride, self.seed = frames, pair(size), stride, seed
         self.identity = digest(rows, classes)
         self.named = torch.zeros(len(rows), dtype=torch.bool).share_memory_()  # with the loader's processes
@@ -274,19 +262,20 @@ class Videos(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.paths)
 
+    @property
+    def about(self):
+        return f"{self.text}; {int(self.named.sum())} too short or unreadable so far"
+
     def path(self, index):
         return os.path.join(self.root, self.paths[index])
 
     def stamp(self, index):
         """Bytes that change with the file's size and time of change."""
-        with contextlib.suppress(OSError):
-            stat = os.stat(self.path(index))
-            return f"{stat.st_size} {stat.st_mtime_ns} ".encode()
-        return b"missing "
+        stat = os.stat(self.path(index)) if os.path.exists(self.path(index)) else None
+        return repr(stat and (stat.st_size, stat.st_mtime_ns)).encode()
 
     def __getitem__(self, key):
         index, number = key if isinstance(key, tuple) else (key, 0)
-        index = range(len(self))[index]  # IndexError beyond the end
         others = np.random.default_rng([self.seed, index, number, 1]).integers(len(self), size=19).tolist()
         for chosen in [index, *others] if self.replace else [index]:
             try:
@@ -315,7 +304,7 @@ class Videos(torch.utils.data.Dataset):
 def read_text(path):
     """A text file in UTF-8."""
     try:
-        content = pathlib.Path(path).read_bytes()
+        content = open(path, "rb").read()
         return content.decode("utf-8-sig")
     except OSError as error:
         raise SystemExit(str(error)) from None
@@ -366,20 +355,20 @@ def csv_rows(path):
                 rows.append((row["path"], 0, row["caption"]))
     except csv.Error as error:
         raise SystemExit(f"{path}, line {reader.line_num}: {error}; is a quote not closed?") from None
+    about = f"; {len(bad)} rows left out, with more or fewer columns than the header (a caption with a comma needs " \
+            f"quotes): lines {bad[:20]}" * bool(bad)
     if not rows:
-        raise SystemExit(f"{path}: no rows that can be used")
-    return rows, [], (f"; {len(bad)} rows left out, with more or fewer columns than the header (a caption with a comma "
-                      f"needs quotes): lines {bad[:20]}" if bad else "")
+        raise SystemExit(f"{path}: no rows that can be used{about}")
+    return rows, [], about
 
 
 def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0, everything=False):
     """(training set, its indices or None for endless, test set, its indices) of what --data names: 'shapes' or
     'shapes_text' (with captions), a folder of videos, or a CSV. captions: a CSV whose paths start from `data`.
-    everything: keep no videos for testing.
 
     Test clips are those of testlistNN.txt where --split is trainlistNN.txt and the other lies beside it; else one file
-    in fifty, at most about 64. A hash of its path chooses a test file: more videos make no training file one of them.
-    """
+    in fifty, at most about 64, or none for `everything`. A hash of the path chooses them: with more videos no training
+    file becomes one of them."""
     if data in ("shapes", "shapes_text"):
         if split or captions or stride > 1:
             raise SystemExit(f"--split, --captions and --stride are for videos, and --data is {data}: drop them")
@@ -392,39 +381,29 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
     rows, classes, about = csv_rows(captions or data) if listed else folder_rows(data, split)
     about = (f"{data}: {len(rows)} videos, {len(classes) or 'no'} classes "
              f"{', '.join(classes[:3])}{', ...' * (len(classes) > 3)}{about}")
-
-    def hashed(row):
-        return int(digest(row[0])[:8], 16) / 2**32
-
-    tests, other = sorted(rows, key=hashed), split and split.replace("trainlist", "testlist")
+    tests, other = sorted(rows, key=lambda row: digest(row[0])), split and split.replace("trainlist", "testlist")
     if split != other and os.path.exists(other):
-        tests = sorted(folder_rows(data, other)[0], key=hashed)
-    elif everything:
-        pass
-    elif len(rows) < 4:
-        about += "; too few to keep one for testing: test clips are training clips"
+        tests = sorted(folder_rows(data, other)[0], key=lambda row: digest(row[0]))
+    elif everything or len(rows) < 4:
+        about += "; too few to keep one for testing: test clips are training clips" * (not everything)
     else:
-        kept = max(1, sum(hashed(row) < min(1 / 50, 64 / len(rows)) for row in rows))
+        share = min(1 / 50, 64 / len(rows))
+        kept = max(1, sum(int(digest(row[0])[:8], 16) < share * 2**32 for row in rows))
         rows, tests, about = sorted(tests[kept:]), tests[:kept], f"{about}; {kept} of them for testing"
     train, test = (Videos(root, part, classes, frames, size, stride, seed, about) for part in (rows, tests))
     return train, range(len(train)), test, range(len(test))
 
 
 # ---- Encodings: what stage 1 writes, and stages 2 and 3 read --------------------------------------------------------
-#
-# encodings/shard-00000.safetensors, up to --shard-size clips. The last file holds up to 64 test clips.
-#     content   float16 (N, C, H, W)       content frames
-#     motion    float16 (N, D, L, H'+W')   motion latents, as the autoencoder gives them
-#     label     int64 (N,)
-#     sums      float64 (2, D)             of the motion latents and of their squares, by channel
-#     metadata  captions, a JSON list; identity: of the autoencoder, the clips and the flags they were made with
-
-def shard_path(run_dir, number):
-    return f"{run_dir}/encodings/shard-{number:05d}.safetensors"
+# encodings/shard-00000.safetensors, up to --shard-size clips each; the last one holds up to 64 test clips:
+#   content float16 (N, C, H, W), motion float16 (N, D, L, H'+W') as the autoencoder gives it, label int64 (N,),
+#   sums float64 (2, D), of the motion and of its square, by channel; metadata: captions, a JSON list, and identity, a
+#   hash of the autoencoder, the clips and the flags they were made with
 
 
-def write_shard(path, identity, content, motion, labels, captions):
+def write_shard(run_dir, number, identity, content, motion, labels, captions):
     """Writes a shard whole or not at all."""
+    path = f"{run_dir}/encodings/shard-{number:05d}.safetensors"
     sums = torch.stack([motion.double().pow(power).sum((0, 2, 3)) for power in (1, 2)])
     tensors = dict(content=content, motion=motion.contiguous(), label=torch.tensor(labels, dtype=torch.long), sums=sums)
     save_file(tensors, f"{path}.tmp", dict(identity=identity, captions=json.dumps(captions)))
@@ -432,8 +411,10 @@ def write_shard(path, identity, content, motion, labels, captions):
 
 
 @functools.lru_cache(maxsize=128)
-def open_shard(path):
-    """(open safetensors file, memory-mapped, captions, identity)."""
+def open_shard(run_dir, number):
+    """(open safetensors file, memory-mapped, captions, identity), three times None where there is no such shard."""
+    if not os.path.exists(path := f"{run_dir}/encodings/shard-{number:05d}.safetensors"):
+        return None, None, None
     shard = safe_open(path, "pt")
     return shard, json.loads(shard.metadata()["captions"]), shard.metadata()["identity"]
 
@@ -444,28 +425,27 @@ class EncodedClips(torch.utils.data.Dataset):
 
     def __init__(self, run_dir, stage1):
         counts = stage1["encodings"] or []  # the number of clips in each shard; the shard after these is of test clips
-        self.paths, self.starts = [shard_path(run_dir, n) for n in range(len(counts) + 1)], np.cumsum([0, *counts])
-        if not counts or not all(os.path.exists(path) and open_shard(path)[2] == stage1["identity"]
-                                 for path in self.paths):
+        self.run_dir, self.last, self.starts = run_dir, len(counts), np.cumsum([0, *counts])
+        if not counts or {open_shard(run_dir, number)[2] for number in range(len(counts) + 1)} != {stage1["identity"]}:
             raise SystemExit(f"{run_dir} has no encodings, or not all of its autoencoder's: `python autoencoder.py "
                              f"--run-dir {run_dir} --encode` makes them (after training, if that has not ended)")
         self.content_shape, self.motion_shape = (
-            tuple(open_shard(self.paths[-1])[0].get_slice(name).get_shape()[1:]) for name in ("content", "motion"))
+            tuple(open_shard(run_dir, self.last)[0].get_slice(name).get_shape()[1:]) for name in ("content", "motion"))
 
     def __len__(self):
         return int(self.starts[-1])
 
     def __getitem__(self, key):
-        index = range(len(self))[key[0] if isinstance(key, tuple) else key]
+        index = range(len(self))[key[0] if isinstance(key, tuple) else key]  # IndexError beyond the end
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         row = int(index - self.starts[number])
-        shard, captions, _ = open_shard(self.paths[number])
+        shard, captions, _ = open_shard(self.run_dir, number)
         item = {name: shard.get_slice(name)[row].float() for name in ("content", "motion")}
         return item | dict(label=int(shard.get_slice("label")[row]), caption=captions[row])
 
     def test_clips(self):
         """A batch of the encodings of up to 64 test clips: a dict of content, motion, label and caption."""
-        shard, captions, _ = open_shard(self.paths[-1])
+        shard, captions, _ = open_shard(self.run_dir, self.last)
         batch = {name: shard.get_tensor(name).float() for name in ("content", "motion")}
         return batch | dict(label=shard.get_tensor("label"), caption=captions)
 
@@ -480,11 +460,10 @@ def load_checkpoint(path):
 # ---- Batches --------------------------------------------------------------------------------------------------------
 
 def batch_keys(indices, batch_size, seed, step, rank, world):
-    """Which clips a rank reads: yields its batches of keys (index, epoch) forever, from `step` on.
-
-    Step s reads positions s*B to (s+1)*B - 1 of an endless sequence, and each rank takes its share of them. Position p
-    is clip p mod n of the shuffle of epoch p div n. So training that is resumed, on any number of ranks, goes on at the
-    very next clip. indices: of the clips to use; None for an endless data set, whose every position is a clip."""
+    """Yields a rank's batches of keys (index, epoch) forever, from `step` on. Step s reads positions s*B to (s+1)*B - 1
+    of an endless sequence, of which each rank takes its share; position p is clip p mod n of the shuffle of epoch p div
+    n. So training that is resumed, on any number of ranks, goes on at the very next clip. indices: of the clips to use;
+    None for an endless data set, whose every position is a clip."""
     share, shuffled = batch_size // world, {}
     for first in itertools.count(step * batch_size + rank * share, batch_size):
         keys = []
@@ -511,9 +490,8 @@ def collate(items):
 
 
 def start_worker(_):
-    """A stop reaches loader processes too, and the main process needs them until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a stop reaches loader processes too, and the main
+        signal.signal(number, signal.SIG_IGN)  # process needs them until it has saved
     torch.set_num_threads(1)  # there are many of them
 
 
@@ -532,19 +510,15 @@ def tile(videos, columns, gap=2, colour=0):
     """Equally large videos (see to_uint8) side by side, in rows of `columns`, `gap` pixels of grey level `colour`
     apart: np.uint8 (L, H', W', 3)."""
     videos = np.stack([to_uint8(video) for video in videos])  # (N, L, H, W, 3)
-    rows = math.ceil(len(videos) / columns)
-    pad = [(0, rows * columns - len(videos)), (0, 0), (0, gap), (0, gap), (0, 0)]
+    pad = [(0, -len(videos) % columns), (0, 0), (0, gap), (0, gap), (0, 0)]
     videos = np.pad(videos, pad, constant_values=colour)
-    _, L, H, W, _ = videos.shape
-    videos = videos.reshape(rows, columns, L, H, W, 3).transpose(2, 0, 3, 1, 4, 5)  # (L, rows, H, columns, W, 3)
-    return videos.reshape(L, rows * H, columns * W, 3)[:, :-gap, :-gap]
+    return rearrange(videos, "(r c) l h w rgb -> l (r h) (c w) rgb", c=columns)[:, :-gap, :-gap]
 
 
 def write_video(path, video, fps):
     """Writes a video, float (C, L, H, W) in [-1, 1] or uint8 (L, H, W, 3), or a list of them side by side in rows of 6.
-    The ending chooses: .mp4, H.264 that plays everywhere (odd sides grow by one pixel, which repeats the edge); .mkv,
-    FFV1, whose frames read_clip returns to the last bit; or .gif, 256 colours chosen for this video, without dithering,
-    so that what stands still does not flicker."""
+    The ending chooses: .mp4, H.264 (odd sides grow by one pixel, which repeats the edge); .mkv, FFV1, whose frames
+    read_clip returns to the last bit; or .gif, 256 colours, without dithering, which would make still areas flicker."""
     video = tile(video, min(6, len(video))) if isinstance(video, list) else to_uint8(video)
     ending = os.path.splitext(path)[1].lower()
     if ending == ".gif":

@@ -29,20 +29,9 @@ from tqdm import tqdm
 
 import data
 from autoencoder import load_autoencoder, to_pixels
-from content_diffusion import DIT_SIZES, Diffusion, ddim, load_text_encoder, open_text_encoder
+from content_diffusion import DIT_SIZES, Diffusion, ddim, load_text_encoder, open_text_encoder, sincos_positions
 
 # ---- The motion model. Its blocks are DiT's of stage 2, written out again: the whole model is in one place -----------
-
-def sincos_positions(rows, columns, width):
-    """(rows * columns, width): fixed 2-D sine-cosine positions; the first half of the width tells the column."""
-
-    def of(position):
-        angle = position[:, None] / 10000 ** (torch.arange(width // 4) / (width // 4))
-        return torch.cat([angle.sin(), angle.cos()], 1)
-
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.cat([of(column.flatten()), of(row.flatten())], 1)
-
 
 def timestep_embedding(t):
     """t (B,) in 0..999 -> (B, 256): cosines, then sines, at frequencies from 1 down to 1/10000."""
@@ -140,6 +129,7 @@ PAPER = dict(  # table 6
     patch=2, predict="eps", schedule="linear", lr=1e-4, batch_size=256, decay=False, ema=0.999, drop=0.1,
     save_every=2000, preview_every=2000, log_every=50, workers=8,
 )
+TINY_SD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "tiny-sd.safetensors")
 PRESETS = {
     # What differs from the paper is what differs in stage 2, for the same reasons.
     "shapes": dict(
@@ -147,9 +137,8 @@ PRESETS = {
         decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     "shapes_text": dict(
-        text=data.TINY_SD, model="mini", patch=2, content_patch=2, predict="x", schedule="linear",
-        lr=2e-3, batch_size=16, steps=2000, decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000,
-        log_every=50, workers=0,
+        text=TINY_SD, model="mini", patch=2, content_patch=2, predict="x", schedule="linear", lr=2e-3, batch_size=16,
+        steps=2000, decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
     ),
     # 3,000 epochs of 9,537 videos, and 3 epochs of 10.7 M.
     "ucf101": dict(PAPER, model="L", content_patch=4, steps=111_762),
@@ -220,8 +209,7 @@ def read_flags():
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 def load_motion(run_dir, state=None):
-    """(MotionDiT with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder, on the CPU.
-    state: the checkpoint, where it has been read."""
+    """(MotionDiT with its EMA weights, TextEncoder or None, Diffusion, checkpoint) of a run folder or a checkpoint."""
     state = state or data.load_checkpoint(f"{run_dir}/motion.pt")
     model = MotionDiT(**state["config"])
     model.load_state_dict(state["ema"])
@@ -229,10 +217,19 @@ def load_motion(run_dir, state=None):
     return model, text_encoder, Diffusion(state["args"]["schedule"], state["args"]["predict"]), state
 
 
+def new_model(args, motion_shape, content_shape, classes):
+    """(config, MotionDiT, TextEncoder or None) to train, by the flags and the encodings."""
+    text_encoder, (D, L, columns), (C, *size) = args.text and load_text_encoder(args.text), motion_shape, content_shape
+    config = dict(motion_channels=D, frames=L, columns=columns, channels=C, size=size, patch=args.patch,
+                  content_patch=args.content_patch, classes=max(1, len(classes)),
+                  text=text_encoder and text_encoder.width, **DIT_SIZES[args.model])
+    return config, MotionDiT(**config), text_encoder
+
+
 @torch.no_grad()
-def preview(args, step, ema, diffusion, condition_of, dataset, mean, std, device, autocast):
-    """Writes a picture of 8 clips (4 where frames are latents): stored content frames, motion by 25 DDIM steps. Returns
-    the test loss."""
+def preview(args, step, ema, diffusion, condition_of, dataset, mean, std, autocast):
+    """Writes a picture of 8 clips (4 on latents): stored content, motion by 25 DDIM steps. Returns the test loss."""
+    device = mean.device
     autoencoder, image, _ = load_autoencoder(args.run_dir, device)
     batch = torch.utils.data.default_collate([dataset[i] for i in range(min(4 if image else 8, len(dataset)))])
     content = batch["content"].to(device)
@@ -255,8 +252,8 @@ def main():
     dataset, classes = data.EncodedClips(run_dir, stage1), stage1["classes"]
 
     # Ranks and device, as in stage 1
-    rank, local, world = (int(os.environ.get(name, alone)) for name, alone in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -272,13 +269,12 @@ def main():
     if args.batch_size % (world * args.accumulate):
         raise SystemExit(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
                          f"times --accumulate {args.accumulate}")
-    os.makedirs(f"{run_dir}/previews", exist_ok=True)
     half = args.dtype == "bfloat16" or args.dtype is None and device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16, half)
 
     # Data: motion latents and content frames, with their labels or captions; the mean and deviation of the latents
     shape, first = dataset.motion_shape, saved["step"] if saved else 0  # (D, L, H'+W')
-    motion_mean, motion_std = (stage1["model"][name].float().to(device) for name in ("motion_mean", "motion_std"))
+    mean, std = (stage1["model"][name].float().to(device) for name in ("motion_mean", "motion_std"))
     keys = data.batch_keys(range(len(dataset)), args.batch_size, args.seed, first, rank, world)
     clips = data.load(dataset, keys, args.workers)
 
@@ -288,15 +284,10 @@ def main():
         model, text_encoder, _, _ = load_motion(run_dir, saved)
         config = saved["config"]
     else:
-        text_encoder, (C, *size) = load_text_encoder(args.text) if args.text else None, dataset.content_shape
-        config = dict(motion_channels=shape[0], frames=shape[1], columns=shape[2], channels=C, size=size,
-                      patch=args.patch, content_patch=args.content_patch, classes=max(1, len(classes)),
-                      text=text_encoder and text_encoder.width, **DIT_SIZES[args.model])
-        model = MotionDiT(**config)
+        config, model, text_encoder = new_model(args, shape, dataset.content_shape, classes)
     ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
     model.checkpointing = args.checkpointing
-    if text_encoder:
-        text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    text_encoder = text_encoder and text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     weights, averages = list(model.parameters()), list(ema.parameters())
     optimizer, rows = torch.optim.Adam(weights, lr=args.lr, fused=True), saved["rows"] if saved else []
     if saved:  # load_motion loaded the averaged weights: now the trained ones
@@ -323,7 +314,7 @@ def main():
         if rank == 0:
             torch.save(dict(
                 step=step, args=vars(args), config=config, classes=classes, shape=list(shape), rows=rows,
-                identity=stage1["identity"], motion_mean=motion_mean.cpu(), motion_std=motion_std.cpu(),
+                identity=stage1["identity"], motion_mean=mean.cpu(), motion_std=std.cpu(),
                 model=model.state_dict(), ema=ema.state_dict(),
                 text_encoder=text_encoder and text_encoder.state(), optimizer=optimizer.state_dict()), f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
@@ -339,6 +330,7 @@ def main():
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, receive)
 
+    os.makedirs(f"{run_dir}/previews", exist_ok=True)
     share = args.batch_size // world
     mine = slice(rank * share, (rank + 1) * share)  # this rank's rows of the whole batch
     parts = torch.arange(share, device=device).chunk(args.accumulate)  # rows that pass through the model together
@@ -349,15 +341,14 @@ def main():
               f"{first} to {last}, {path}; {device}, {'bfloat16' if half else 'float32'}{', compiled' * compiled}")
     bar = tqdm(range(first, last), initial=first, total=last, desc="motion", disable=rank > 0)
     for step in bar:
-        # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank
-        # takes its rows: they are the same after a resume or with another number of ranks.
+        # Random numbers for the whole batch, of which each rank takes its rows, as in stage 1
         generator.manual_seed(args.seed * 1_000_003 + step)
         t = torch.randint(1000, (args.batch_size,), generator=generator, device=device)[mine]
         eps = torch.randn(args.batch_size, *shape, generator=generator, device=device)[mine]
         dropped = torch.rand(args.batch_size, generator=generator, device=device)[mine] < args.drop
         batch = next(clips)
         content, condition = batch["content"].to(device, non_blocking=True), condition_of(batch, dropped)
-        motion = (batch["motion"].to(device, non_blocking=True) - motion_mean) / motion_std
+        motion = (batch["motion"].to(device, non_blocking=True) - mean) / std
 
         loss = 0
         for part in parts:
@@ -384,23 +375,21 @@ def main():
         losses, in_a_row = losses + [loss] * finite, 0 if finite else in_a_row + 1
         skipped += not finite
         if in_a_row == 5:
-            raise SystemExit("the last 5 steps had a NaN or infinite loss and were skipped: lower --lr, or look at the "
-                             "data; the last checkpoint, if there is one, holds good weights")
+            raise SystemExit("5 steps in a row had a NaN or infinite loss: lower --lr, or look at the data")
         done, stopping, scores = step + 1, stop.clone(), {}  # a signal can come at any time, and all ranks must agree
         if world > 1:
             dist.all_reduce(stopping)
         due, seconds = (done == last or done % args.preview_every == 0) and not stopping, time.perf_counter() - since
         if due and rank == 0:
-            scores["test_loss"] = preview(
-                args, done, ema, diffusion, condition_of, dataset, motion_mean, motion_std, device, autocast)
+            scores["test_loss"] = preview(args, done, ema, diffusion, condition_of, dataset, mean, std, autocast)
         if due or done % args.log_every == 0:
-            mean = torch.stack(losses or [loss * math.nan]).mean() / world
+            average = torch.stack(losses or [loss * math.nan]).mean() / world
             if world > 1:
-                dist.all_reduce(mean)
+                dist.all_reduce(average)
             speed = len(losses) * args.batch_size / seconds
-            rows.append(dict(step=done, loss=mean.item(), skipped=skipped, lr=lr, grad_norm=norm.item(),
+            rows.append(dict(step=done, loss=average.item(), skipped=skipped, lr=lr, grad_norm=norm.item(),
                              clips_per_second=speed, **scores))
-            bar.set_postfix_str(f"loss {mean:.4f}, {speed:.1f} clips/s")
+            bar.set_postfix_str(f"loss {average:.4f}, {speed:.1f} clips/s")
             if rank == 0:
                 with open(f"{run_dir}/motion.csv.tmp", "w", newline="") as file:
                     table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))

@@ -34,21 +34,20 @@ from motion_diffusion import load_motion
 class Sampler:
     """The trained stages of a run folder that args ask for. Call draw_content, draw_motion, decode, in this order."""
 
-    def __init__(self, args, device, dtype, compiled=False):
+    def __init__(self, args, device, dtype):
         self.args, self.device, self.dtype = args, device, dtype
         self.autoencoder, self.image, self.state = load_autoencoder(args.run_dir, device)
+        preset = self.state["args"]["preset"]
         if args.guidance is None:
-            args.guidance = GUIDANCE[self.state["args"]["preset"]]
+            args.guidance = GUIDANCE[preset]
         self.content = self.motion = None
         if not args.reconstruct:
             self.motion, state = self.load(load_motion, "motion.pt")
             self.mean, self.std = (state[name].to(device) for name in ("motion_mean", "motion_std"))  # it learned these
             if not args.predict_motion and not args.image:
                 self.content, _ = self.load(load_content, "content.pt")
-        if self.content and bool(self.content.text) != bool(self.motion.text):
-            raise SystemExit(f"one of content.pt and motion.pt in {args.run_dir} is conditioned on classes, the other "
-                             "on text: train one of them again")
-        if compiled:
+        self.compiled = device.type == "cuda" and "shapes" not in preset if args.compile is None else args.compile
+        if self.compiled:
             torch._dynamo.config.suppress_errors = True  # where compiling fails, go on without
             for stage in filter(None, (self.content, self.motion)):
                 stage.model.compile(mode="reduce-overhead", dynamic=False)  # CUDA graphs
@@ -126,8 +125,7 @@ def read_flags():
     add("--prompt", help="text to draw")
     add("--prompts", help="file with one prompt a line")
     add("--negative-prompt", default="", help="text to steer away from, in place of the empty prompt")
-    add("-n", "--num", type=int, help="clips in all; torchrun takes only -n (default: 24; 4 with --prompt; with "
-        "--prompts one clip for each)")
+    add("-n", "--num", type=int, help="clips in all (default: 24, 4 of a --prompt, 1 of each of --prompts)")
     add("--image", help="picture to animate: it is the content frame")
     add("--same-content", action="store_true", help="one content frame, many motions (figure 12)")
     add("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
@@ -138,8 +136,7 @@ def read_flags():
     # How to draw it
     add("--steps", type=int, default=50, help="sampling steps of the content frame, at most 1000")
     add("--motion-steps", type=int, default=100, help="sampling steps of the motion, at most 1000")
-    add("--guidance", type=float, help="guidance scale of the content frame (default: 2 for shapes, 3 for shapes_text, "
-        "5 for ucf101, 8.5 for webvid)")
+    add("--guidance", type=float, help=f"guidance scale of the content frame (default, by preset: {GUIDANCE})")
     add("--motion-guidance", type=float, default=1.0, help="guidance scale of the motion; 1: none")
     add("--eta", type=float, default=0.0, help="DDIM's noise, from 0 (none) to 1 (DDPM)")
     add("--seed", type=int, default=0, help="a seed gives the same clips whatever the batch size")
@@ -148,8 +145,7 @@ def read_flags():
     add("--dtype", choices=["float32", "bfloat16"], help="of the diffusion models (default: bfloat16 on a GPU)")
     # Output
     add("--out", help="folder (default: a new one in the run folder, or samples/ for models that come with the code)")
-    add("--fps", type=float, help="frames per second (default: the training videos', or --data's, divided by stage 1's "
-        "--stride, so that things move at their own speed)")
+    add("--fps", type=float, help="frames per second (default: such that things move at the videos' own speed)")
     add("--lossless", action="store_true", help="write .mkv files that keep every bit, for scoring, in place of .mp4")
     args = parser.parse_args()
     if args.reconstruct and args.predict_motion or args.prompt is not None and args.prompts:
@@ -179,13 +175,11 @@ def read_wishes(args, with_text, classes):
         return wishes, wishes
     names = classes or ["video"]
     if args.prompt is not None or args.prompts or args.negative_prompt:
-        raise SystemExit(f"{args.run_dir} is conditioned on classes, not text: use --label, one of "
-                         f"{', '.join(names[:12])}")
+        raise SystemExit(f"{args.run_dir} is conditioned on classes, not text: --label takes {', '.join(names[:12])}")
     labels = [i for i, name in enumerate(names) if args.label in (None, name)]
     labels = labels or [i for i in range(len(names)) if args.label == str(i)]  # a number, unless it is a name
     if not labels:
-        raise SystemExit(f"--label {args.label} is not one of the {len(names)} classes: {', '.join(names[:24])}"
-                         f"{' ...' if len(names) > 24 else ''}")
+        raise SystemExit(f"--label {args.label} is not one of the {len(names)} classes: {', '.join(names[:24])}, ...")
     wishes = [labels[i % len(labels)] for i in range(args.num or 24)]
     return wishes, [names[label] for label in wishes]
 
@@ -201,8 +195,8 @@ def open_real(args, trained, classes):
         tests, test = train, np.random.default_rng(args.seed).permutation(len(train)).tolist()
     names, own = tests.classes or ["video"], classes or ["video"]
     if args.predict_motion and set(names) - set(own):
-        raise SystemExit(f"{args.run_dir} does not know the classes {', '.join(sorted(set(names) - set(own))[:12])}: it "
-                         f"was trained on {', '.join(own[:12])}")
+        raise SystemExit(f"{args.run_dir} was trained on {', '.join(own[:12])}; it does not know the classes "
+                         f"{', '.join(sorted(set(names) - set(own))[:12])}")
     if len(test) < (args.num or 0):
         print(f"{len(test)} clips, not {args.num}: the data set has no more")
     numbers = {number: own.index(name) for number, name in enumerate(names) if name in own}
@@ -212,18 +206,16 @@ def open_real(args, trained, classes):
 @torch.inference_mode()
 def main():
     args = read_flags()
-    rank, local, world = (int(os.environ.get(name, alone)) for name, alone in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
         dist.init_process_group()
-    preset = data.load_checkpoint(f"{args.run_dir}/autoencoder.pt")["args"]["preset"]
-    compiled = device.type == "cuda" and "shapes" not in preset if args.compile is None else args.compile
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    sampler = Sampler(args, device, dtype, compiled)
+    sampler = Sampler(args, device, dtype)
     trained, fps, real, picture = sampler.state["args"], sampler.state["fps"], None, None
 
     if args.reconstruct or args.predict_motion:
@@ -253,10 +245,9 @@ def main():
         if os.listdir(folder):
             raise SystemExit(f"--out {folder} is not an empty folder: choose another")
         open(f"{folder}/captions.txt", "w").close()  # where nothing can be written, end now
-        print(f"{len(wishes)} clips from {args.run_dir} into {folder}; {device}, {dtype}{', compiled' * compiled}")
+        print(f"{len(wishes)} clips from {args.run_dir} into {folder}; {device}{', compiled' * sampler.compiled}")
     for path in (f"{folder}/real", fake) if real else ():
         os.makedirs(path, exist_ok=True)
-
     shown, drawn, jobs = [], {}, []
     most = max(1, min(24, 2**21 // (trained["size"][0] * trained["size"][1])))  # clips in the overview, by their size
     batches = [range(len(wishes))[n : n + args.batch_size] for n in range(0, len(wishes), args.batch_size)][rank::world]
