@@ -1,210 +1,151 @@
-"""Proves the diffusion arithmetic against closed forms, and that both DiTs are the published ones and agree."""
+"""Proves the diffusion arithmetic against closed forms and diffusers' schedulers, that DiT is diffusers' DiT, and that
+DiT, the motion model and sampling have the published parameters and costs."""
 
 import pytest
 import torch
 from macs import count_macs
 
-import content_diffusion
-import motion_diffusion
 from autoencoder import Autoencoder
-from content_diffusion import (
-    DIT_SIZES,
-    Diffusion,
-    DiT,
-    DiTBlock,
-    UNet,
-    ddim,
-    dpm,
-    gaussian,
-    guided,
-    sincos_positions,
-    timesteps,
-)
-from data import InputError
+from content_diffusion import DIT_SIZES, Diffusion, DiT, UNet, ddim
 from motion_diffusion import MotionDiT
 
 MEAN, STD = 0.7, 0.4
+BETAS = dict(linear=dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
+             scaled_linear=dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
 
 
-def gaussian_denoiser(diffusion):
-    """The exact optimal denoiser of data from N(MEAN, STD^2): the posterior mean of eps, or of v, given x_t."""
+def randomised(model):
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return model.eval()
 
-    def denoise(x, t):
-        signal, noise = diffusion.scales(t, x)
-        eps = noise * (x - signal * MEAN) / (signal**2 * STD**2 + noise**2)
-        x0 = (x - noise * eps) / signal
-        return eps if diffusion.predict == "eps" else signal * eps - noise * x0
+
+def output_for(diffusion, x_t, t, x, eps):
+    """What a model returns that takes x_t for a mixture of x and eps."""
+    signal, noise = diffusion.scales(t, x_t)
+    return dict(eps=eps, v=signal * eps - noise * x, x=x)[diffusion.predict]
+
+
+def gaussian(diffusion):
+    """The best possible denoiser of data from N(MEAN, STD^2): it guesses the mean of eps, given x_t."""
+
+    def denoise(x_t, t):
+        signal, noise = diffusion.scales(t, x_t)
+        eps = noise * (x_t - signal * MEAN) / (signal**2 * STD**2 + noise**2)
+        return output_for(diffusion, x_t, t, (x_t - noise * eps) / signal, eps)
 
     return denoise
-
-
-@pytest.mark.parametrize("predict", ["eps", "v"])
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_samples_a_gaussian_exactly(predict, schedule, eta):
-    diffusion = Diffusion(schedule, predict)
-    generators = [torch.Generator().manual_seed(0)]
-    # From the exact marginal at t = 999: Stable Diffusion's schedule leaves a trace of the data there.
-    signal2 = diffusion.abar[-1]
-    x = signal2.sqrt() * MEAN + (signal2 * STD**2 + 1 - signal2).sqrt() * gaussian(generators, torch.empty(1, 20000))
-    x = ddim(gaussian_denoiser(diffusion), x, diffusion, steps=1000, eta=eta, generators=generators)
-    assert x.mean().item() == pytest.approx(MEAN, abs=0.01)
-    assert x.std().item() == pytest.approx(STD, rel=0.02)
 
 
 def test_ddim_with_eta_0_follows_the_closed_form_path():
     """For Gaussian data the exact flow is affine: x_0 = MEAN + STD (x_T - s MEAN) / sqrt(s^2 STD^2 + 1 - s^2)."""
     diffusion = Diffusion("linear")
-    x = torch.randn(1, 1000, dtype=torch.float64)
     diffusion.abar = diffusion.abar.double()
-    signal2 = diffusion.abar[-1]
+    x, signal2 = torch.randn(1, 1000, dtype=torch.float64), diffusion.abar[-1]
     exact = MEAN + STD * (x - signal2.sqrt() * MEAN) / (signal2 * STD**2 + 1 - signal2).sqrt()
-    errors = []
-    for steps in (10, 100, 1000):
-        errors.append((ddim(gaussian_denoiser(diffusion), x, diffusion, steps) - exact).abs().max().item())
+    errors = [(ddim(gaussian(diffusion), x, diffusion, steps) - exact).abs().max() for steps in (10, 100, 1000)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.01
-    # DPM-Solver++ 2M is of second order: at the same number of calls it is closer.
-    for steps, error in zip((10, 100), errors):
-        assert (dpm(gaussian_denoiser(diffusion), x, diffusion, steps) - exact).abs().max().item() < error
 
 
-def test_timesteps_go_from_pure_noise_to_none():
-    assert timesteps(1) == [999] and timesteps(1000) == list(range(999, -1, -1))
-    assert timesteps(50)[0] == 999 and timesteps(50)[-1] == 0
-    with pytest.raises(InputError):
-        timesteps(0)
+@pytest.mark.parametrize("steps, interval", [(28, 27), (1000, 1000)])  # it steps back by 1000 // interval
+@pytest.mark.parametrize("kind, eta, bounds", [("epsilon", 0.0, None), ("epsilon", 0.7, None),
+                                               ("v_prediction", 1.0, (-0.5, 0.5)), ("sample", 0.0, (-0.5, 0.5))])
+def test_ddim_takes_the_steps_of_diffusers(kind, eta, bounds, steps, interval):
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.DDIMScheduler(**BETAS["linear"], timestep_spacing="linspace", prediction_type=kind,
+                                        clip_sample=bounds is not None, clip_sample_range=0.5)
+    reference.set_timesteps(steps)
+    reference.num_inference_steps = interval
+    diffusion = Diffusion("linear", dict(epsilon="eps", v_prediction="v", sample="x")[kind])
+    torch.manual_seed(0)
+    weight, x = torch.randn(3, 3) / 3, torch.randn(2, 3)
+
+    def denoise(x, t):
+        return (x @ weight + t[:, None] / 1000).tanh()
+
+    generators, again = ([torch.Generator().manual_seed(n) for n in (2, 3)] for _ in range(2))
+    ours = ddim(denoise, x, diffusion, steps, eta, generators, bounds)
+    for t in reference.timesteps.tolist():
+        noise = torch.stack([torch.randn(3, generator=generator) for generator in again])
+        x = reference.step(denoise(x, torch.tensor([t, t])), t, x, eta, bounds is not None, variance_noise=noise)[0]
+    torch.testing.assert_close(ours, x, atol=1e-3, rtol=1e-3)
+
+
+def test_a_single_step_starts_from_pure_noise():
+    seen = []
+    ddim(lambda x, t: seen.append(t.tolist()) or x, torch.randn(2, 3), Diffusion("linear"), steps=1)
+    assert seen == [[999, 999]]
 
 
 @pytest.mark.parametrize("predict", ["eps", "v", "x"])
-def test_estimates_undo_the_noising(predict):
-    diffusion = Diffusion("linear", predict)
+def test_a_model_that_is_right_has_no_loss_and_its_estimates_are_right(predict):
+    diffusion, seen = Diffusion("linear", predict), []
     x, eps, t = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0, 10, 500, 900])
-    target = {}
 
     def model(x_t, t):
-        signal, noise = diffusion.scales(t, x_t)
-        target["output"] = {"eps": eps, "v": signal * eps - noise * x, "x": x}[predict]
-        target["x_t"] = x_t
-        return target["output"]
+        seen.append([output_for(diffusion, x_t, t, x, eps), x_t, t])
+        return seen[0][0]
 
-    assert diffusion.loss(model, x, t, eps) < 1e-10  # a model that is right has no loss
-    x0, e = diffusion.estimates(target["output"], target["x_t"], t)
-    assert torch.allclose(x0, x, atol=1e-3) and torch.allclose(e, eps, atol=1e-4)
+    assert diffusion.loss(model, x, t, eps) < 1e-10
+    for ours, exact in zip(diffusion.estimates(*seen[0]), (x, eps)):
+        assert torch.allclose(ours, exact, atol=1e-3)
 
 
-def test_schedules_are_the_published_ones():
-    from diffusers import DDPMScheduler
-
-    for ours, theirs in (("linear", dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")),
-                         ("scaled_linear", dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))):
-        assert torch.allclose(Diffusion(ours).abar, DDPMScheduler(1000, **theirs).alphas_cumprod, rtol=1e-4)
-
-
-def test_ddim_equals_diffusers_at_the_same_timesteps():
-    from diffusers import DDIMScheduler
-
-    reference = DDIMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False,
-                              set_alpha_to_one=True, timestep_spacing="linspace")
-    reference.set_timesteps(21)
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 4, 4)
-    weight = torch.randn(3, 3) / 3
-
-    def denoise(x, t):
-        return torch.einsum("bchw,cd->bdhw", x, weight).tanh()
-
-    ours = ddim(denoise, x, Diffusion("linear"), steps=21)
-    # Its previous timestep is a fixed 47 back where ours is the next of the list: compare with its formula on our list.
-    times, y = timesteps(21), x
-    for time, after in zip(times, times[1:] + [-1]):
-        a, b = reference.alphas_cumprod[time], reference.alphas_cumprod[after] if after >= 0 else torch.tensor(1.0)
-        eps = denoise(y, None)
-        y = b.sqrt() * (y - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
-    assert torch.allclose(ours, y, atol=1e-3)
-    assert [int(t) for t in reference.timesteps] == times
+@pytest.mark.parametrize("schedule", BETAS)
+def test_schedules_are_the_published_ones(schedule):
+    diffusers = pytest.importorskip("diffusers")
+    expected = diffusers.DDPMScheduler(1000, **BETAS[schedule]).alphas_cumprod
+    assert torch.allclose(Diffusion(schedule).abar, expected, rtol=1e-4)
 
 
-def test_guidance_1_is_no_guidance_and_others_extrapolate():
-    def predict(x, t, c):
-        return x * c[:, None]
+@pytest.mark.parametrize("clips", [1, 3, 70])
+def test_the_test_loss_is_the_mean_over_all_noise_levels_however_few_clips_there_are(clips):
+    torch.manual_seed(1)
+    diffusion, seen, x = Diffusion("linear"), [], MEAN + STD * torch.randn(clips, 1000)
 
-    x, t = torch.randn(2, 3), torch.zeros(2)
-    c, nothing = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 1.0])
-    assert torch.equal(guided(predict, c, nothing, 1)(x, t), predict(x, t, c))
-    w = 4.0  # the paper's: (1 + w) eps(c) - w eps(nothing)
-    expected = (1 + w) * predict(x, t, c) - w * predict(x, t, nothing)
-    assert torch.allclose(guided(predict, c, nothing, 1 + w)(x, t), expected)
+    def model(x_t, t, row):
+        seen.append((t.item(), row.item()))
+        return gaussian(diffusion)(x_t, t)
 
-
-def small_dit(**options):
-    torch.manual_seed(0)
-    return DiT(**dict(channels=3, size=(8, 12), patch=2, width=32, depth=2, heads=2, classes=5) | options)
-
-
-def small_motion(**options):
-    torch.manual_seed(0)
-    sizes = dict(motion_channels=3, frames=5, columns=10, channels=3, size=(8, 12), content_patch=4, width=32, depth=2,
-                 heads=2, classes=5)
-    return MotionDiT(**sizes | options)
+    loss = diffusion.test_loss(model, x, torch.arange(clips))
+    times, rows = zip(*seen)
+    assert len(seen) == max(64, clips) and max(map(rows.count, rows)) - min(map(rows.count, range(clips))) <= 1
+    assert torch.allclose(torch.tensor(times).float(), torch.linspace(0, 999, len(seen)), atol=1)
+    signal2 = diffusion.abar[list(times)]  # eps is known up to the part of x_t's variance that is the data's
+    assert loss == pytest.approx((signal2 * STD**2 / (signal2 * STD**2 + 1 - signal2)).mean().item(), rel=0.1)
+    assert diffusion.test_loss(model, x, torch.arange(clips)) == loss
 
 
-def test_adaln_zero_starts_as_the_identity():
-    model = small_dit()
-    x, c = torch.randn(2, 24, 32), torch.randn(2, 32)
-    for block in [*model.blocks, *small_motion().blocks]:
-        assert torch.equal(block(x, c), x)
-    labels = torch.tensor([0, 1])
-    assert (model(torch.randn(2, 3, 8, 12), torch.tensor([1, 2]), labels) == 0).all()
-
-
-def randomised(model):
-    """Random weights in the place of the zeros that AdaLN-zero starts from."""
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return model.eval()
-
-
-def test_the_motion_model_s_own_copy_of_the_dit_agrees_with_the_content_model_s():
-    theirs, ours = randomised(DiTBlock(32, 4)), motion_diffusion.Block(32, 4)
-    weights = theirs.state_dict().values()
-    assert [tensor.shape for tensor in weights] == [tensor.shape for tensor in ours.state_dict().values()]
-    ours.load_state_dict(dict(zip(ours.state_dict(), weights)))  # in the same order, under other names
-    x, c = torch.randn(2, 7, 32), torch.randn(2, 32)
-    torch.testing.assert_close(ours(x, c), theirs(x, c))
-    assert torch.equal(motion_diffusion.sincos_positions(3, 5, 32), sincos_positions(3, 5, 32))
-    t = torch.tensor([0, 1, 500, 999])
-    assert torch.equal(motion_diffusion.timestep_embedding(t), content_diffusion.timestep_embedding(t, 256))
-    assert motion_diffusion.SIZES == DIT_SIZES
-
-
-@pytest.mark.parametrize("frames, columns", [(1, 10), (2, 7), (5, 10), (24, 32)])
-def test_the_motion_model_takes_any_grid(frames, columns):
-    model = randomised(small_motion(frames=frames, columns=columns))
-    motion = torch.randn(2, 3, frames, columns)
-    content = torch.randn(2, 3, 8, 12)
-    out = model(motion, torch.tensor([3, 900]), content, torch.tensor([0, 5]))
-    assert out.shape == motion.shape
-
-
-def test_every_input_of_the_motion_model_matters():
-    model = randomised(small_motion())
-    motion, content, t, c = torch.randn(1, 3, 5, 10), torch.randn(1, 3, 8, 12), torch.tensor([3]), torch.tensor([0])
-    out = model(motion, t, content, c)
-    for other in (model(motion + 1, t, content, c), model(motion, t + 1, content, c), model(motion, t, content + 1, c),
-                  model(motion, t, content, c + 1)):
-        assert (other - out).abs().max() > 1e-4
-    with_text = randomised(small_motion(text=6))
-    features = torch.randn(1, 6)
-    assert (with_text(motion, t, content, features) - with_text(motion, t, content, -features)).abs().max() > 1e-4
-
-
-def test_positions_tell_every_token_of_a_grid_that_is_not_square():
-    table = sincos_positions(8, 32, 64)
-    assert table.shape == (256, 64)
-    assert torch.cdist(table, table).fill_diagonal_(9).min() > 0.1  # no two alike
-    rows = table.view(8, 32, 64)
-    assert torch.equal(rows[3, :, 32:], rows[3, :1, 32:].expand(32, -1))  # the second half tells the row alone
-    assert torch.equal(rows[:, 3, :32], rows[:1, 3, :32].expand(8, -1))  # the first half the column
+def test_dit_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    model = randomised(DiT(channels=3, size=16, patch=2, width=32, depth=2, heads=4, classes=5))
+    reference = diffusers.DiTTransformer2DModel(4, 8, 3, num_layers=2, sample_size=16, num_embeds_ada_norm=5,
+                                                attention_bias=True, norm_eps=1e-6).eval()
+    embedder = reference.transformer_blocks[0].norm1.emb  # of which each block there has one
+    embedder.time_proj.downscale_freq_shift = 0  # as in DiT's own code; diffusers says 1
+    reference.transformer_blocks[1].norm1.emb = embedder
+    renames = dict(line.split() for line in """x_embedder pos_embed
+        blocks transformer_blocks
+        adaLN_modulation.1 norm1.linear
+        final_layer.norm1.linear proj_out_1
+        final_layer.linear proj_out_2
+        attn. attn1.
+        attn1.proj attn1.to_out.0
+        mlp.fc1 ff.net.0.proj
+        mlp.fc2 ff.net.2
+        t_embedder.mlp.0 transformer_blocks.0.norm1.emb.timestep_embedder.linear_1
+        t_embedder.mlp.2 transformer_blocks.0.norm1.emb.timestep_embedder.linear_2
+        y_embedder transformer_blocks.0.norm1.emb.class_embedder""".splitlines())
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in renames.items():
+            name = name.replace(ours, theirs)
+        parts = zip("qkv", tensor.chunk(3)) if "qkv" in name else [("", tensor)]
+        state |= {name.replace("qkv", f"to_{part}"): third for part, third in parts}
+    assert reference.load_state_dict(state, strict=False).unexpected_keys == []
+    x, t, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.tensor([1, 5])
+    torch.testing.assert_close(model(x, t, labels), reference(x, t, labels).sample, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name, millions", [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
@@ -212,7 +153,14 @@ def test_dit_has_its_published_sizes(name, millions):
     """Peebles & Xie, table 1; theirs learns sigma too, which costs under 0.1 M."""
     with torch.device("meta"):
         model = DiT(patch=2, **DIT_SIZES[name])
-        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize("frames, columns", [(1, 10), (2, 7), (24, 32)])
+def test_the_motion_model_takes_any_grid(frames, columns):
+    model = randomised(MotionDiT(3, frames, columns, 3, (8, 12), 2, 4, width=32, depth=1, heads=2, classes=5))
+    motion, content = torch.randn(2, 3, frames, columns), torch.randn(2, 3, 8, 12)
+    assert model(motion, torch.tensor([3, 900]), content, torch.tensor([0, 5])).shape == motion.shape
 
 
 def test_the_cost_of_the_motion_model_is_the_papers():
@@ -220,18 +168,18 @@ def test_the_cost_of_the_motion_model_is_the_papers():
     with torch.device("meta"):
         model = MotionDiT(text=1024)
         inputs = torch.empty(1, 8, 16, 64), torch.zeros(1), torch.empty(1, 4, 64, 64), torch.empty(1, 1024)
-        assert count_macs(model, *inputs) / 1e12 == pytest.approx(0.143, rel=0.02)
-        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(676, rel=0.02)
+        assert count_macs(model, *inputs) / 1e12 == pytest.approx(0.143, rel=0.005)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(676, rel=0.005)
 
 
-@pytest.mark.parametrize("steps, tera", [(50, 46.8), (100, 92.0)])
-def test_the_cost_of_sampling_is_the_papers(steps, tera):
-    """Table 9: one clip of 16x512x1024, both models by the same number of steps, one branch, the whole autoencoder once
-    and Stable Diffusion's image decoder not at all."""
+def test_the_cost_of_sampling_is_the_papers():
+    """Table 10: one clip of 16x512x1024, both models by the same number of steps, one branch of guidance, the whole
+    autoencoder once and Stable Diffusion's image decoder not at all."""
     with torch.device("meta"):
-        t, context = torch.zeros(1), torch.empty(1, 77, 1024)
-        content = count_macs(UNet(context=1024, head_width=64), torch.empty(1, 4, 64, 128), t, context)
-        motion = count_macs(MotionDiT(columns=32 + 64, size=(64, 128), text=1024), torch.empty(1, 8, 16, 96), t,
-                            torch.empty(1, 4, 64, 128), torch.empty(1, 1024))
-        autoencoder = count_macs(Autoencoder(size=(64, 128)), torch.empty(1, 4, 16, 64, 128))
-    assert (steps * (content + motion) + autoencoder) / 1e12 == pytest.approx(tera, rel=0.02)
+        t, frame, motion = torch.zeros(1), torch.empty(1, 4, 64, 128), torch.empty(1, 8, 16, 96)
+        model = MotionDiT(columns=96, size=(64, 128), text=1024)
+        step = count_macs(UNet(context=1024, head_width=64), frame, t, torch.empty(1, 77, 1024))
+        step += count_macs(model, motion, t, frame, torch.empty(1, 1024))
+        once = count_macs(Autoencoder(size=(64, 128)), torch.empty(1, 4, 16, 64, 128))
+    for steps, tera in ((50, 46.8), (100, 92.1)):
+        assert (steps * step + once) / 1e12 == pytest.approx(tera, rel=0.002)

@@ -1,154 +1,99 @@
-"""The golden run: shows that a refactoring changed nothing.
+"""The golden run: shows that a change of the code changed no result.
 
     python tools/golden.py /tmp/before                              # on the code as it was
     python tools/golden.py /tmp/after --against /tmp/before         # on the code as it is: same inputs, compared
 
-Trains every stage for 20 steps on the moving shapes, on class folders and on captioned videos with a small Stable
-Diffusion file, draws a few clips of every kind, and computes one FVD; five minutes on one core. Prints the largest
-difference of the weights, encodings, losses, samples and FVD: 0 means equal bit for bit.
+Trains every stage for 20 steps on the shapes, on class folders and on captioned videos with a small Stable Diffusion,
+draws clips of every kind, and computes one FVD; five minutes on one core. Prints the largest differences: 0 is equal.
 """
 
 import argparse
-import csv
 import glob
 import os
-import re
 import shutil
 import subprocess
 import sys
-import types
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import autoencoder  # noqa: E402
-import content_diffusion  # noqa: E402
-import data  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import data
 
-STEPS = "--steps 20 --batch-size 4 --log-every 5 --save-every 10 --preview-every 20"
-SAMPLE = "sample.py --steps 4 --motion-steps 4 --batch-size 2 --guidance 2 --motion-guidance 1.5 --fps 8"
-SMALL = "--width 16 --heads 2 --depth 1"
-COMMANDS = [
-    f"autoencoder.py {STEPS} --clips 64 --run-dir shapes",
-    f"content_diffusion.py {STEPS} --run-dir shapes",
-    f"motion_diffusion.py {STEPS} --run-dir shapes --accumulate 2",
-    f"{SAMPLE} --run-dir shapes --num 4 --out out/class",
-    f"{SAMPLE} --run-dir shapes --num 3 --sampler dpm++ --out out/dpm",
-    f"{SAMPLE} --run-dir shapes --num 3 --eta 0.5 --label 3 --same-content --out out/same",
-    f"{SAMPLE} --run-dir shapes --num 3 --reconstruct --out out/reconstruct",
-    f"{SAMPLE} --run-dir shapes --num 3 --predict-motion --out out/predict",
-    "fvd.py shapes out/class --i3d random --num 4",
-    f"autoencoder.py --preset ucf101 --data inputs/folders {STEPS} {SMALL} --size 32 48 --frames 9 --patch 4 --clips 0 "
-    "--clips-per-video 2 --workers 1 --run-dir folders",
-    f"content_diffusion.py {STEPS} --model mini --patch 8 --workers 1 --run-dir folders --checkpointing",
-    f"motion_diffusion.py {STEPS} --model mini --content-patch 8 --workers 0 --run-dir folders",
-    f"{SAMPLE} --run-dir folders --num 2 --label class1 --out out/folders",
-    f"autoencoder.py --preset webvid_sd15 --data inputs/webvid.csv --sd inputs/v1-5-pruned.ckpt {STEPS} {SMALL} "
-    "--size 64 --frames 4 --workers 0 --run-dir text",
-    f"content_diffusion.py {STEPS} --sd inputs/v1-5-pruned.ckpt --workers 0 --run-dir text",
-    f"motion_diffusion.py {STEPS} --text inputs/v2-1.safetensors --model mini --workers 0 --run-dir text",
-    f"{SAMPLE} --run-dir text --prompt 'a red circle' --negative-prompt fog --num 2 --out out/text",
-    f"{SAMPLE} --run-dir text --prompt waves --image inputs/photo.png --num 2 --out out/image",
-]
+ROOT = os.path.dirname(os.path.abspath(data.__file__))
+COMMANDS = """
+autoencoder.py TRAIN --clips 64 --run-dir shapes
+content_diffusion.py TRAIN --run-dir shapes
+motion_diffusion.py TRAIN --run-dir shapes --accumulate 2
+sample.py DRAW --run-dir shapes --num 4 --out out/class
+sample.py DRAW --run-dir shapes --num 3 --eta 0.5 --label 3 --same-content --out out/same
+sample.py DRAW --run-dir shapes --num 3 --reconstruct --out out/reconstruct
+sample.py DRAW --run-dir shapes --num 3 --predict-motion --out out/predict
+fvd.py shapes out/class --i3d random --num 4
+autoencoder.py --preset ucf101 --data inputs/folders TRAIN SMALL --size 32 48 --frames 9 --patch 4 --run-dir folders \
+ --clips-per-video 2
+content_diffusion.py TRAIN --model mini --patch 8 --workers 1 --run-dir folders --checkpointing
+motion_diffusion.py TRAIN --model mini --content-patch 8 --workers 0 --run-dir folders
+sample.py DRAW --run-dir folders --num 2 --label class1 --out out/folders
+autoencoder.py --preset webvid_sd15 --data inputs/webvid.csv --sd SD TRAIN SMALL --size 64 --frames 4 --run-dir text
+content_diffusion.py TRAIN --sd SD --workers 0 --run-dir text
+motion_diffusion.py TRAIN --text inputs/v2-1.safetensors --model mini --workers 0 --run-dir text
+sample.py DRAW --run-dir text --prompt "a red circle" --negative-prompt fog --num 2 --out out/text
+sample.py DRAW --run-dir text --prompt waves --image inputs/photo.png --num 2 --out out/image
+""".replace("TRAIN", "--steps 20 --batch-size 4 --decay --log-every 5 --save-every 10 --preview-every 20").replace(
+    "DRAW", "--steps 4 --motion-steps 4 --batch-size 2 --guidance 2 --motion-guidance 1.5 --fps 8").replace(
+    "SMALL", "--width 16 --heads 2 --depth 1 --workers 1").replace("SD", "inputs/v1-5-pruned.safetensors")
 
 
 def make_inputs(folder):
-    """Videos in class folders, WebVid's CSV, a picture, and Stable Diffusion files of both versions, small."""
-    os.makedirs(folder)
+    """Videos in class folders, a CSV of their captions, a picture, and a small Stable Diffusion file."""
     shapes = data.MovingShapes(24, (40, 64), seed=5)
     for i in range(8):
         os.makedirs(f"{folder}/folders/class{i % 2}", exist_ok=True)
         data.write_video(f"{folder}/folders/class{i % 2}/{i}.mp4", shapes[i]["video"], 10)
-    shapes = data.MovingShapes(10, (72, 100), seed=3)
-    with open(f"{folder}/webvid.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["videoid", "contentUrl", "duration", "page_dir", "name"])
-        for i in range(8):
-            rows.writerow([1000 + i, "https://nowhere", "PT1S", f"page{i % 2}", shapes[i]["caption"]])
-            os.makedirs(f"{folder}/page{i % 2}", exist_ok=True)
-            data.write_video(f"{folder}/page{i % 2}/{1000 + i}.mp4", shapes[i]["video"], 10)
+    with open(f"{folder}/webvid.csv", "w") as file:
+        file.write("path,caption\n")
+        file.writelines(f"folders/class{i % 2}/{i}.mp4,{shapes[i]['caption']}\n" for i in range(8))
     data.write_sheet(f"{folder}/photo.png", [shapes[9]["video"]], columns=1, frames=1)
-    torch.manual_seed(0)
-    image = autoencoder.ImageAutoencoder(channels=32).state_dict()
-    parts = {
-        "first_stage_model.": image,
-        "model.diffusion_model.": content_diffusion.UNet(width=32, context=64).state_dict(),
-        "cond_stage_model.transformer.text_model.": content_diffusion.TextEncoder(64, 1, 1).state_dict(),
-    }
-    half = {prefix + name: tensor.half() for prefix, state in parts.items() for name, tensor in state.items()}
-    torch.save(dict(state_dict=half, callbacks=types.SimpleNamespace(best=1)), f"{folder}/v1-5-pruned.ckpt")
-    width, text = 128, {"positional_embedding": (77, 128), "token_embedding.weight": (49408, 128)}
-    text |= {"ln_final.weight": (width,), "ln_final.bias": (width,)}
-    for i in range(2):
-        for name, shape in {
-            "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
-            "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
-            "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
-            "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,),
-            "ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,),
-        }.items():
-            text[f"transformer.resblocks.{i}.{name}"] = shape
-    save_file({f"cond_stage_model.model.{name}": 0.05 * torch.randn(shape) for name, shape in text.items()},
-              f"{folder}/v2-1.safetensors")
+    for name in ("v1-5-pruned", "v2-1"):
+        shutil.copy(f"{ROOT}/tools/tiny-sd.safetensors", f"{folder}/{name}.safetensors")
 
 
-def read_shard(path):
-    if path.endswith(".safetensors"):
-        shard = load_file(path)
-        return torch.cat([shard["content"].flatten(), shard["motion"].flatten()]).double().numpy()
-    return np.concatenate([np.load(f"{path}/{name}.npy").flatten() for name in ("content", "motion")]).astype(float)
-
-
-def results(folder):
-    """{what: array} of everything that the commands left."""
-    found = {}
-    for path in glob.glob("*/*.pt", root_dir=folder):
-        state = torch.load(f"{folder}/{path}", weights_only=True)
-        for part in {"model", "ema"} & state.keys():
-            tensors = [tensor.flatten().double() for tensor in state[part].values()]
-            found[f"{path} {part}"] = torch.cat(tensors).numpy()
-    for path in glob.glob("*/encodings/shard-*", root_dir=folder):
-        found[path.removesuffix(".safetensors")] = read_shard(f"{folder}/{path}")
-    for path in glob.glob("*/*.csv", root_dir=folder):
-        if not path.startswith("inputs"):
-            with open(f"{folder}/{path}") as file:
-                found[f"{path} loss"] = np.array([float(row["loss"]) for row in csv.DictReader(file)])
-    for path in glob.glob("out/**/*.mp4", root_dir=folder, recursive=True):
-        count = 4 if path.startswith(("out/text", "out/image")) else 9 if "folders" in path else 16
-        found[path] = data.read_clip(f"{folder}/{path}", count).astype(np.float64)
-    with open(f"{folder}/fvd.txt") as file:
-        found["FVD"] = np.array([float(re.search(r"FVD ([\d.]+)", file.read())[1])])
-    return dict(sorted(found.items()))
+def numbers(path):
+    """What is compared of a file that the commands left, (N,)."""
+    if not os.path.exists(path):
+        tensors = [torch.zeros(0)]
+    elif path.endswith(".pt"):
+        state = torch.load(path, weights_only=True)
+        tensors = [tensor for part in ("model", "ema") for tensor in state.get(part, {}).values()]
+    elif path.endswith(".safetensors"):
+        tensors = [load_file(path)[name] for name in ("content", "motion")]
+    elif path.endswith(".mp4"):
+        with data.open_video(path) as (file, stream):
+            tensors = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in file.decode(stream)]
+    elif path.endswith(".csv"):
+        tensors = [torch.tensor(float(line.split(",")[1])) for line in open(path).readlines()[1:]]  # step,loss,...
+    else:  # FVD 12.34 | ...
+        tensors = [torch.tensor(float(open(path).read().split()[1]))]
+    return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="a new folder for the run")
     parser.add_argument("--against", help="the folder of an earlier run to compare with")
     args = parser.parse_args()
-    os.makedirs(args.folder)
-    inputs = os.path.join(args.folder, "inputs")
-    shutil.copytree(os.path.join(args.against, "inputs"), inputs) if args.against else make_inputs(inputs)
-    for command in COMMANDS:
-        words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", command)]
+    before, inputs = args.against or args.folder, f"{args.folder}/inputs"
+    shutil.copytree(f"{before}/inputs", inputs) if args.against else make_inputs(inputs)
+    for command in COMMANDS.strip().splitlines():
         print(command, flush=True)
-        done = subprocess.run([sys.executable, os.path.join(ROOT, words[0]), *words[1:]], cwd=args.folder, text=True,
-                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            sys.exit(done.stderr)
-        if words[0] == "fvd.py":
-            with open(f"{args.folder}/fvd.txt", "w") as file:
-                file.write(done.stdout)
-    now = results(args.folder)
-    before = results(args.against) if args.against else now
-    for name in sorted(now.keys() | before.keys()):
-        if name not in now or name not in before or now[name].shape != before[name].shape:
-            print(f"{name}: NOT IN BOTH, or of another shape")
-        else:
-            print(f"{name}: {now[name].size} numbers, largest difference {np.abs(now[name] - before[name]).max():.3g}")
+        subprocess.run(f"'{sys.executable}' '{ROOT}'/{command} > {command.split('.')[0]}.txt", shell=True, check=True,
+                       cwd=args.folder, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for path in sorted(glob.glob("**/*.*", root_dir=before, recursive=True)):
+        if path.endswith((".pt", ".safetensors", ".csv", ".mp4", "fvd.txt")) and not path.startswith("inputs"):
+            old, new = (numbers(f"{folder}/{path}") for folder in (before, args.folder))
+            same = f"largest difference {(old - new).abs().max():.3g}" if len(old) == len(new) else f"NOW {len(new)}"
+            print(f"{path}: {len(old)} numbers, {same}")
 
 
 if __name__ == "__main__":

@@ -1,65 +1,83 @@
-"""Scores clips of the shapes preset: how many a classifier recognises, and how varied they are next to real ones.
+"""Judges clips of moving shapes: a classifier, trained on real clips, says what they show, and how varied they are.
 
-    python sample.py --num 240 --lossless --out judged && python tools/judge.py judged
+    python sample.py --num 240 --lossless --out judged && python tools/judge.py judged        # two minutes, on one core
+    python tools/judge.py --list seen > seen.txt                      # prompts; likewise held-out, star, pink
+    python sample.py --run-dir runs/shapes_text --prompts seen.txt --num 240 --lossless --out out/seen
+    python tools/judge.py --prompts out/seen                                                  # three minutes
 
-Two minutes, on one core. Trains a classifier on real clips and prints its accuracy on others. Both sets are of seeds
-of their own, so that no run trains on, reconstructs or is given one of these clips. For each folder of generated clips
-it prints the share of clips whose shape and motion, and whose motion alone, it classifies as captions.txt says; the
-Frechet distance of its features from those of the other real clips (an FVD for shapes, comparable between runs because
-the classifier is always the same); and the standard deviation of colours and positions within a class, divided by that
-of real clips, which takes two clips or more of each class. For --reconstruct and --predict-motion, name the `fake`
-folder.
+For each folder it prints the share of clips whose shape and motion (with --prompts also colour) are as captions.txt
+says (what a prompt does not name is right); without --prompts the Frechet distance of the classifier's features from
+those of 2,400 other real clips, an FVD for shapes; how far colours and places deviate among clips of one class or
+prompt, where real ones have 1; and what was found how often. The classifier is always the same, so that runs compare;
+its real clips are in no run. Of --reconstruct and --predict-motion, name the `fake` folder.
 """
 
+import argparse
 import os
 import sys
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
+from tiny_sd import COLOURS, SHAPES
+from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
-from data import InputError, MovingShapes
 from fvd import frechet_distance
 
 FRAMES, SIZE = 16, 32
 TRAINING, REFERENCE = 123_456_789, 987_654_321  # seeds of the judge's two sets: no run has them as its --seed
+CLASSES, MOVES = len(data.MovingShapes.classes), list(data.MOVES)
+WORDS = {"colour": list(COLOURS), "shape": list(SHAPES), "motion": MOVES}  # also what no video of training has
+KINDS = [len(words) for words in WORDS.values()]
 
 
-class Classifier(nn.Sequential):
-    """Clips (N, 3, 16, 32, 32) -> logits (N, outputs)."""
+def classifier(outputs=CLASSES):
+    """A model: clips (N, 3, 16, 32, 32) -> logits (N, outputs)."""
+    def layer(inputs, outputs, stride):
+        return nn.Sequential(nn.Conv3d(inputs, outputs, 3, stride, 1), nn.BatchNorm3d(outputs), nn.ReLU())
 
-    def __init__(self, outputs=len(MovingShapes.classes)):
-        def layer(inputs, outputs, stride):
-            return nn.Sequential(nn.Conv3d(inputs, outputs, 3, stride, 1), nn.BatchNorm3d(outputs), nn.ReLU())
-
-        super().__init__(layer(3, 16, (1, 2, 2)), layer(16, 32, 2), layer(32, 64, 2), layer(64, 64, 2), nn.Flatten(),
+    return nn.Sequential(layer(3, 16, (1, 2, 2)), layer(16, 32, 2), layer(32, 64, 2), layer(64, 64, 2), nn.Flatten(),
                          nn.Linear(64 * 2 * 2 * 2, outputs))
 
 
-def batch_of(dataset, indices):
-    items = [dataset[i] for i in indices]
-    return torch.stack([item["video"] for item in items]), torch.tensor([item["label"] for item in items])
+def draw_classes(indices, seed=TRAINING, frames=FRAMES, split="train"):
+    """(clips (N, 3, L, H, W), labels (N, 2) of shape and motion)"""
+    clips = data.MovingShapes(frames, SIZE, seed, split)
+    items = [clips[i] for i in indices]
+    labels = torch.tensor([divmod(item["label"], len(MOVES)) for item in items])
+    return torch.stack([item["video"] for item in items]), labels
 
 
-def draw_real(indices):
-    return batch_of(MovingShapes(FRAMES, SIZE, TRAINING), indices)
+def real_clips(labels, seed):
+    """Clips of labels (N, 3) of colour, shape and motion, drawn as the data set draws them."""
+    named = [[words[number] for words, number in zip(WORDS.values(), label)] for label in labels]
+    rngs = [np.random.default_rng([seed, i]) for i in range(len(labels))]
+    return torch.stack([data.draw_clip(rng, shape, COLOURS[colour], move, FRAMES, (SIZE, SIZE))
+                        for rng, (colour, shape, move) in zip(rngs, named)])
 
 
-def train(steps=700, batch=48, kinds=(len(MovingShapes.classes),), draw=draw_real):
-    """A Classifier, trained on real clips. draw(indices) -> clips, labels (N,) or (N, K); kinds: K numbers of classes,
-    such as those of colours and of shapes, whose logits stand side by side."""
+def draw_words(indices, seed=1):
+    """(clips, labels (N, 3)) of all colours, shapes and motions; of another seed than the generator's."""
+    labels = np.random.default_rng([seed, indices[0]]).integers(KINDS, size=(len(indices), 3))
+    return real_clips(labels, (seed, indices[0])), torch.tensor(labels)
+
+
+def train(steps=700, batch=48, kinds=(CLASSES,), draw=draw_classes):
+    """A classifier, trained on what draw(indices) gives. kinds: how many logits there are for each label, side by side;
+    of shape and motion for both together."""
+    print("training the classifier on real clips", flush=True)
     torch.set_num_threads(1)  # another number of threads rounds differently, and gives another classifier
     torch.manual_seed(0)
-    model = Classifier(sum(kinds))
+    model = classifier(sum(kinds))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="classifier"):
         video, labels = draw(range(step * batch, (step + 1) * batch))
         logits = model(video + 0.05 * torch.randn_like(video)).split(kinds, 1)
-        sum(F.cross_entropy(part, label) for part, label in zip(logits, labels.view(batch, -1).T)).backward()
+        targets = labels.T if len(kinds) > 1 else [len(MOVES) * labels[:, 0] + labels[:, 1]]
+        sum(nn.functional.cross_entropy(*pair) for pair in zip(logits, targets)).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -81,68 +99,82 @@ def features(model, videos):
 
 
 @torch.no_grad()
-def accuracy(model, videos, labels):
-    """(share of clips whose label is right, share whose motion is right)"""
-    found = torch.cat([model(part).argmax(1) for part in videos.split(60)])
-    moves = len(data.MOVES)
-    return (found == labels).float().mean().item(), (found % moves == labels % moves).float().mean().item()
-
-
-def traits(videos):
-    """Of videos (N, 3, L, H, W): colour (N, 3) and mean position (N, 2) of what moves, and the background's colour."""
-    background = videos.median(2, keepdim=True).values
-    weight = (videos - background).square().sum(1, keepdim=True)
-    weight = weight / weight.sum((2, 3, 4), keepdim=True)
-    colour = (videos * weight).sum((2, 3, 4))
-    y, x = torch.meshgrid(torch.linspace(0, 1, SIZE), torch.linspace(0, 1, SIZE), indexing="ij")
-    position = torch.stack([(weight[:, 0] * axis).sum((1, 2, 3)) for axis in (x, y)], 1)
-    return dict(colour=colour, position=position, background=background.mean((2, 3, 4)))
+def classify(model, videos):
+    """Labels (N, 2) of shape and motion, or (N, 3) of colour, shape and motion, as the classifier was trained."""
+    logits = torch.cat([model(part) for part in videos.split(60)])
+    if logits.shape[1] == CLASSES:
+        return torch.stack(torch.unravel_index(logits.argmax(1), (len(data.SHAPES), len(MOVES))), 1)
+    return torch.stack([part.argmax(1) for part in logits.split(KINDS, 1)], 1)
 
 
 def spread(videos, labels):
-    """{trait: its standard deviation within a class}, averaged over classes and components."""
-    return {name: np.mean([value[labels == label].std(0).mean().item() for label in labels.unique()])
-            for name, value in traits(videos).items()}
+    """(3,): how far the colour and the position of what moves and the colour of the background deviate among clips of
+    one label, averaged over labels (N, K) and components."""
+    background = videos.median(2, keepdim=True).values
+    weight = (videos - background).square().sum(1, keepdim=True)
+    weight = weight / weight.sum((2, 3, 4), keepdim=True)
+    position = torch.stack([weight.sum(axes) @ torch.linspace(0, 1, SIZE) for axes in ((1, 2, 3), (1, 2, 4))], 1)
+    traits = (videos * weight).sum((2, 3, 4)), position, background.mean((2, 3, 4))
+    group = labels.unique(dim=0, return_inverse=True)[1]
+    return np.array([np.mean([trait[group == i].std(0).mean().item() for i in group.unique()]) for trait in traits])
 
 
 def read_clips(folder, frames=FRAMES):
-    """(videos (N, 3, L, H, W), N captions) of a folder that sample.py wrote."""
-    captions = os.path.join(folder, "captions.txt")
-    if not os.path.isfile(captions):  # sample.py writes them beside `real` and `fake`
-        captions = os.path.join(folder, "..", "captions.txt")
-    names = sorted(name for name in data.find_videos(folder) if not name.endswith(".gif"))
-    captions = data.read_lines(captions) if os.path.isfile(captions) else []
-    if not names or len(names) != len(captions):
-        raise InputError(f"{folder} has {len(names)} clips and {len(captions)} captions: name a folder that sample.py "
-                         "wrote from a shapes run, or of --reconstruct its fake folder")
-    clips = np.stack([data.read_clip(os.path.join(folder, name), frames) for name in names])  # (N, L, H, W, 3)
-    return data.to_floats(torch.from_numpy(clips)), captions
+    """(clips (N, 3, L, H, W), labels (N, 3) of what their captions name, else -1) of a folder that sample.py wrote."""
+    files = [name for name in data.find_videos(folder) if not name.endswith(".gif")]
+    beside = folder if os.path.isfile(f"{folder}/captions.txt") else f"{folder}/.."  # of --reconstruct
+    captions = [line.split() for line in data.read_text(f"{beside}/captions.txt").splitlines() if line.strip()]
+    if not files or len(files) != len(captions):
+        raise SystemExit(f"{folder} has {len(files)} clips for {len(captions)} captions: name one that sample.py wrote")
+    clips = np.stack([data.read_clip(os.path.join(folder, name), frames) for name in files])  # (N, L, H, W, 3)
+    labels = [[next((words.index(word) for word in caption if word in words), -1) for words in WORDS.values()]
+              for caption in captions]
+    return data.to_floats(torch.from_numpy(clips)), torch.tensor(labels)
 
 
-def read_folder(folder, frames=FRAMES):
-    """(videos (N, 3, L, H, W), labels (N,)) of a folder that sample.py wrote from a shapes run."""
-    videos, captions = read_clips(folder, frames)
-    try:
-        labels = [MovingShapes.classes.index(" ".join(caption.split()[-3:])) for caption in captions]
-    except ValueError:
-        raise InputError(f"{folder}: not all of its captions are classes of the preset shapes") from None
-    return videos, torch.tensor(labels)
+def prompts_of(kind):
+    """Prompts of pairs of colour and shape 'seen' in training videos, or 'held-out'; of the 'star' and of 'pink'."""
+    pairs = [(colour, shape) for colour in (["pink"] if kind == "pink" else data.COLOURS)
+             for shape in (["star"] if kind == "star" else data.SHAPES)]
+    if kind in ("seen", "held-out"):
+        pairs = [pair for pair in pairs if (" ".join(pair) in data.HELD_OUT) == (kind == "held-out")]
+    return [data.caption_of(*pair, move) for move in MOVES for pair in pairs]
+
+
+def shares(found, labels):
+    """Says how many are right in each column of labels (N, K), and in all."""
+    right = (found == labels) | (labels < 0)
+    columns = zip(list(WORDS)[-labels.shape[1]:], right.float().mean(0))
+    return ", ".join(f"{name} {share:.1%}" for name, share in [*columns, ("all", right.all(1).float().mean())])
 
 
 def main():
-    parser = data.Flags(__doc__)
-    parser.add_argument("folders", nargs="+", help="folders that sample.py wrote from a shapes run")
-    folders = {folder: read_folder(folder) for folder in parser.parse_args().folders}
-    model, (real, real_labels) = train(), batch_of(MovingShapes(FRAMES, SIZE, REFERENCE), range(2400))
-    print(f"classifier on {len(real)} other real clips: {accuracy(model, real, real_labels)[0]:.1%} right")
-    of_real = spread(real, real_labels)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="*", help="folders that sample.py wrote from a run on the shapes")
+    parser.add_argument("--prompts", action="store_true", help="they are clips of prompts, from a shapes_text run")
+    parser.add_argument("--list", choices=["seen", "held-out", "star", "pink"], help="only print prompts of this kind")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(prompts_of(args.list)))
+        return
+    folders = {folder: read_clips(folder) for folder in args.folders}
+    if not args.prompts and any((labels[:, 1:] < 0).any() for _, labels in folders.values()):
+        raise SystemExit("a caption names no shape or no motion: clips of prompts are judged with --prompts")
+    model = train(1000, 32, KINDS, draw_words) if args.prompts else train()
+    real, real_labels = draw_words(range(1200), seed=3) if args.prompts else draw_classes(range(2400), REFERENCE)
+    print(f"classifier on {len(real):,} other real clips, right: {shares(classify(model, real), real_labels)}")
     for folder, (videos, labels) in folders.items():
-        both, motion = accuracy(model, videos, labels)
-        distance = frechet_distance(features(model, real), features(model, videos))
-        spreads = ", ".join(f"{name} {value / of_real[name]:.2f}" for name, value in spread(videos, labels).items())
-        print(f"{folder}: {len(videos)} clips, shape and motion right {both:.1%}, motion right {motion:.1%}, "
-              f"Frechet distance {distance:.2f}; deviation within a class, where that of real clips is 1: {spreads}")
+        labels, found = labels[:, -real_labels.shape[1]:], classify(model, videos)
+        print(f"{folder}: {len(videos)} clips, right: {shares(found, labels)}")
+        if not args.prompts:
+            print(f"    Frechet distance {frechet_distance(features(model, real), features(model, videos)):.2f}")
+        if (labels >= 0).all() and len(labels.unique(dim=0)) < len(labels):
+            same = [(real_clips(labels, (2, i)), labels) for i in range(3)] if args.prompts else [(real, real_labels)]
+            ratios = spread(videos, labels) / np.mean([spread(*clips) for clips in same], 0)
+            print("    deviation, real: 1: colour {:.2f}, position {:.2f}, background {:.2f}".format(*ratios))
+        for words, column in zip(list(WORDS.values())[-labels.shape[1]:], found.T.tolist()):
+            print("    found: " + ", ".join(f"{word} {column.count(i)}" for i, word in enumerate(words) if i in column))
 
 
 if __name__ == "__main__":
-    data.launch(main)
+    main()

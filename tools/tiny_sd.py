@@ -4,17 +4,14 @@
 
 The pictures are 32x32: the circles, squares and triangles of data.py in all their colours, and what no video has, a
 star and the colour pink. First the image autoencoder learns them (latents of 4x8x8), then the U-Net and CLIP's text
-encoder together, from noise and captions such as "a red circle", in the end also "a red circle moving left" for the
-start of its way. The tokenizer and its table of 49,408 tokens are
-CLIP's own; what is small are widths and depths, which the scripts read from the file as they do with the large ones.
-
-It goes on where it was stopped, from --folder. The file's metadata says what made it and how long that took.
+encoder together, from captions such as "a red circle", in the end also "a red circle moving left" for the start of its
+way. The tokenizer's 49,408 tokens are CLIP's own. It takes an hour, and goes on where it was stopped, from --folder.
 """
 
+import argparse
 import copy
 import os
 import sys
-import time
 
 import numpy as np
 import torch
@@ -36,6 +33,19 @@ UNET = dict(width=48, context=64, heads=8, multipliers=(1, 2, 2), blocks=1)  # 3
 TEXT = dict(width=64, layers=2, heads=1)  # 3.3 M, nearly all of it the table
 
 
+def star(x, y, reach):
+    """From pixels at (x, y) to the edge of a star with five points, one of them up. Its area is a fifth less than that
+    of the other shapes: with the same it would leave the frame."""
+    turn = np.pi / 5
+    around = np.abs((np.arctan2(x, -y) + turn) % (2 * turn) - turn)  # angle from the nearest point
+    tip, dent = 1.1 * reach, 0.5 * reach * np.exp(1j * turn)
+    along = (dent - tip) / np.abs(dent - tip)  # the edge from a point to the dent beside it
+    return ((np.hypot(x, y) * np.exp(1j * around) - tip) / along).imag * -1
+
+
+data.DISTANCE["star"] = star
+
+
 def stills(start, count, seed=0, motions=False):
     """(pictures (count, 3, 32, 32) in [-1, 1], captions), each picture's from its own random numbers. motions: half of
     the captions also say where the shape is moving, which the picture shows in part: it is the start of its way."""
@@ -51,20 +61,16 @@ def stills(start, count, seed=0, motions=False):
 
 def train(name, args, modules, steps, rate, loss_of):
     """Trains modules for `steps` with Adam, whose rate rises and falls once, from the folder's checkpoint if there is
-    one. loss_of(step) -> a number. Returns (their averaged weights, as modules like them; seconds)."""
-    path, first, seconds = f"{args.folder}/{name}.pt", 0, 0.0
-    weights = list(modules.parameters())
-    averaged = copy.deepcopy(modules).requires_grad_(False)
-    averages = list(averaged.parameters())
+    one. loss_of(step) -> a number. Returns modules like them, with their averaged weights."""
+    path, averaged = f"{args.folder}/{name}.pt", copy.deepcopy(modules).requires_grad_(False)
+    weights, averages = list(modules.parameters()), list(averaged.parameters())
     optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, cycle_momentum=False)
-    if os.path.exists(path):
-        state = torch.load(path, weights_only=True)
-        first, seconds = state["step"], state["seconds"]
-        for part in ("modules", "averaged", "optimizer", "schedule"):
-            locals()[part].load_state_dict(state[part])
-    bar, mean, clock = tqdm(range(first, steps), initial=first, total=steps, desc=name), None, time.perf_counter()
-    for step in bar:
+    parts = dict(modules=modules, averaged=averaged, optimizer=optimizer, schedule=schedule)
+    state = torch.load(path, weights_only=True) if os.path.exists(path) else dict(step=0)
+    for part in parts.keys() & state.keys():
+        parts[part].load_state_dict(state[part])
+    for step in tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=name):
         torch.manual_seed(args.seed * 1_000_003 + step)
         loss = loss_of(step)
         loss.backward()
@@ -74,20 +80,17 @@ def train(name, args, modules, steps, rate, loss_of):
         schedule.step()
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, 1 - min(0.998, (1 + step) / (10 + step)))
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            tqdm.write(f"{name} {step + 1}: loss {mean:.4f}")
-            data.save_checkpoint(path, dict(
-                step=step + 1, seconds=seconds + time.perf_counter() - clock, modules=modules.state_dict(),
-                averaged=averaged.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
-    return averaged.eval(), seconds + time.perf_counter() - clock
+            tqdm.write(f"{name} {step + 1}: loss {loss:.4f}")
+            torch.save(dict(step=step + 1) | {part: parts[part].state_dict() for part in parts}, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+    return averaged.eval()
 
 
 def train_image(args):
-    """(ImageAutoencoder whose scaled latents have mean 0 and deviation 1 in each channel, seconds)"""
+    """An ImageAutoencoder whose scaled latents have mean 0 and deviation 1 in each channel."""
     model = ImageAutoencoder(**IMAGE)
-    with torch.no_grad():
-        model.quant_conv.bias[4:] = -6  # log variances: with much noise at first it would not learn
+    model.quant_conv.bias.data[4:] = -6  # log variances: with much noise at first it would not learn
 
     def loss_of(step):
         images, _ = stills(step * args.batch_size, args.batch_size, args.seed)
@@ -100,13 +103,12 @@ def train_image(args):
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
         return F.l1_loss(output, images) + 1e-5 * kl
 
-    model, seconds = train("image", args, model, args.image_steps, 1.5e-3, loss_of)
+    model = train("image", args, model, args.image_steps, 1.5e-3, loss_of)
     images, _ = stills(0, 1024, args.seed + 1)
     with torch.no_grad():
         # The scale is fixed at 0.18215, so the last layer of the encoder and the first of the decoder do the rest.
         latents = model.encode(images, chunk=64) / model.scale
-        mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-        factor = 1 / (model.scale * deviation)
+        mean, factor = latents.mean((0, 2, 3)), 1 / (model.scale * latents.std((0, 2, 3)))
         model.post_quant_conv.bias += model.post_quant_conv.weight[:, :, 0, 0] @ mean
         model.post_quant_conv.weight /= factor[None, :, None, None]
         model.quant_conv.bias[:4] = factor * (model.quant_conv.bias[:4] - mean)
@@ -114,15 +116,13 @@ def train_image(args):
         model.quant_conv.bias[4:] += 2 * factor.log()
         again = model.decode(model.encode(images, chunk=64), chunk=64)
     print(f"image autoencoder: PSNR {psnr(again.clamp(-1, 1), images):.1f} dB on 1,024 other pictures")
-    return model, seconds
+    return model
 
 
 def train_diffusion(args, image, name, modules, steps, rate, motions):
-    """Trains the U-Net and the text encoder together. (the two, averaged, as a ModuleList; seconds)
-
-    motions: with captions that also name motions, and so that captions of different motions are told apart by the mean
-    of the text encoder's output over its 77 places, which is what the motion model reads: pulled apart to a distance of
-    4, about that of two colours. CLIP's text encoder learnt to tell captions apart; the U-Net alone does not ask it."""
+    """Trains the U-Net and the text encoder together: a ModuleList of the two, averaged.
+    motions: with captions that also name motions. What the motion model reads, the mean over their 77 tokens, is pulled
+    apart to a distance of 4, about that of two colours: CLIP's learnt that, but the U-Net alone does not ask for it."""
     pool, diffusion, (unet, text) = 16_384, Diffusion("scaled_linear", "eps"), modules
     images, captions = stills(0, pool, args.seed, motions)
     endings = ["", *(f" moving {move}" for move in data.MOVES)]
@@ -132,8 +132,7 @@ def train_diffusion(args, image, name, modules, steps, rate, motions):
 
     def loss_of(step):
         chosen = torch.randint(pool, (args.batch_size,)).tolist()
-        told = [captions[i] if torch.rand(1) > 0.1 else "" for i in chosen]
-        x, context = latents[chosen], text.encode(told)
+        x, context = latents[chosen], text.encode([captions[i] if torch.rand(1) > 0.1 else "" for i in chosen])
         t, eps = torch.randint(1000, (len(x),)), torch.randn_like(x)
         loss = diffusion.loss(lambda x, t: unet(x, t, context), x, t, eps)
         if motions:
@@ -149,47 +148,43 @@ def train_diffusion(args, image, name, modules, steps, rate, motions):
 def draw(image, unet, text, captions, steps=50, guidance=3.0, seed=0):
     """Pictures (N, 3, 32, 32) in [-1, 1] of captions, from the tiny model alone."""
     context, nothing = text.encode(captions), text.encode([""]).expand(len(captions), -1, -1)
-    generator, size = torch.Generator().manual_seed(seed), [n // image.factor for n in SIZE]
-    noise = torch.randn(len(captions), 4, *size, generator=generator)
+    size = [n // image.factor for n in SIZE]
+    noise = torch.randn(len(captions), 4, *size, generator=torch.Generator().manual_seed(seed))
     denoise = guided(unet, context, nothing, guidance)
     return image.decode(ddim(denoise, noise, Diffusion("scaled_linear"), steps)).clamp(-1, 1)
 
 
 def raw_file(image, unet, text):
     """{name: tensor in half precision}, named as in the raw file of Stable Diffusion 1.5."""
-    parts = {"first_stage_model.": image, "model.diffusion_model.": unet,
-             "cond_stage_model.transformer.text_model.": text}
-    return {prefix + name: tensor.half().contiguous()
-            for prefix, part in parts.items() for name, tensor in part.state_dict().items()}
+    names = "first_stage_model.", "model.diffusion_model.", "cond_stage_model.transformer.text_model."
+    return {prefix + name: tensor.half().contiguous() for prefix, part in zip(names, (image, unet, text))
+            for name, tensor in part.state_dict().items()}
 
 
 def main():
-    parser = data.Flags(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--out", default=data.TINY_SD, help="the file to write")
+    add("--out", default=os.path.join(os.path.dirname(__file__), "tiny-sd.safetensors"), help="the file to write")
     add("--folder", default="runs/tiny_sd", help="for checkpoints, and a picture of what the model draws")
-    add("--image-steps", type="count", default=2500, help="of the image autoencoder")
-    add("--steps", type="count", default=2800, help="of the U-Net and the text encoder")
-    add("--motion-steps", type="count", default=400, help="of the two with captions that also name a motion")
-    add("--batch-size", type="count", default=32, help="pictures a step")
-    add("--seed", type="whole", default=0, help="random seed")
+    add("--image-steps", type=int, default=2500, help="of the image autoencoder")
+    add("--steps", type=int, default=2800, help="of the U-Net and the text encoder")
+    add("--motion-steps", type=int, default=400, help="of the two with captions that also name a motion")
+    add("--batch-size", type=int, default=32, help="pictures a step")
+    add("--seed", type=int, default=0, help="of the weights, the pictures and the noise")
     args = parser.parse_args()
     os.makedirs(args.folder, exist_ok=True)
-    data.start(args)
-    image, image_seconds = train_image(args)
+    torch.manual_seed(args.seed)
+    image = train_image(args)
     modules = torch.nn.ModuleList([UNet(**UNET), TextEncoder(**TEXT)])
-    modules, more = train_diffusion(args, image, "diffusion", modules, args.steps, 1e-3, False)
-    (unet, text), last = train_diffusion(args, image, "motions", modules, args.motion_steps, 5e-4, True)
-    made = (f"python tools/{os.path.basename(__file__)} --image-steps {args.image_steps} --steps {args.steps} "
-            f"--motion-steps {args.motion_steps} --batch-size {args.batch_size} --seed {args.seed}")
-    with data.atomic_write(args.out) as temporary:
-        save_file(raw_file(image, unet, text), temporary, dict(
-            made_by=made, minutes=f"{(image_seconds + more + last) / 60:.0f} on {torch.get_num_threads()} core(s)"))
-    captions = [data.caption_of(*pair) for pair in PAIRS]
-    pictures = draw(image, unet, text, captions)
-    data.write_sheet(f"{args.folder}/pictures.png", list(pictures[:, :, None]), len(SHAPES), captions)
+    modules = train_diffusion(args, image, "diffusion", modules, args.steps, 1e-3, False)
+    unet, text = train_diffusion(args, image, "motions", modules, args.motion_steps, 5e-4, True)
+    made_by = " ".join(["python tools/tiny_sd.py", *sys.argv[1:]])
+    save_file(raw_file(image, unet, text), f"{args.out}.tmp", dict(made_by=made_by))
+    os.replace(f"{args.out}.tmp", args.out)
+    names = [data.caption_of(*pair) for pair in PAIRS]
+    data.write_sheet(f"{args.folder}/pictures.png", draw(image, unet, text, names)[:, :, None], len(SHAPES), names)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, look at {args.folder}/pictures.png")
 
 
 if __name__ == "__main__":
-    data.launch(main)
+    main()
