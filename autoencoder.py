@@ -434,7 +434,7 @@ def main():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
         torch.backends.cudnn.benchmark = True  # convolutions see the same sizes again and again
-        torch.backends.cuda.enable_cudnn_sdp(False)  # note 1, at the end of this file
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN (pytorch issue 196678)
     if world > 1:
         dist.init_process_group()
         found = [None] * world
@@ -483,7 +483,7 @@ def main():
     compiled = device.type == "cuda" and "shapes" not in args.preset if args.compile is None else args.compile
     if compiled:
         torch._dynamo.config.suppress_errors = True  # where compiling fails, go on without
-        torch._functorch.config.force_non_lazy_backward_lowering = True  # note 2
+        torch._functorch.config.force_non_lazy_backward_lowering = True  # so that this covers the backward pass
         for module in (model.encoder, model.decoder, *([image.encoder] if image else [])):
             module.compile(dynamic=False)
     reconstruct = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
@@ -785,9 +785,8 @@ def find_tensors(tree):
 def read_checkpoint(path):
     """Raw weights: .safetensors, or PyTorch's .ckpt / .pt / .pth in its zip or old format, recognised by content.
 
-    Returns {name: tensor} on the CPU, in the file's dtype; most are views of the mapped file, so copy what you keep.
-    Nothing in the file is executed. What is not a tensor is left out, and so are the levels around the tensors
-    ('state_dict', 'ema' before 'model' and so on)."""
+    {name: tensor} on the CPU, in the file's dtype; most are views of the mapped file, so copy what you keep. Nothing in
+    the file is executed. The levels around the tensors are left out ('state_dict', 'ema' before 'model' and so on)."""
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -815,8 +814,7 @@ def read_checkpoint(path):
 
 
 def find_part(tensors, prefix, names, what):
-    """The tensors whose names start with `prefix`, without it, or all of them in a file that holds this part alone.
-    Raises SystemExit, which starts with `what`, if one of `names` is not among them."""
+    """The tensors named prefix..., without it, or all where there are none. If one of `names` lacks, `what` is said."""
     part = {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)} or tensors
     if set(names) <= part.keys():
         return part
@@ -824,8 +822,7 @@ def find_part(tensors, prefix, names, what):
 
 
 def load_weights(module, tensors, what):
-    """Copies {name: tensor} into a module, which may be on the meta device, in its dtype. Raises SystemExit, which
-    starts with `what`, for missing, unexpected and misshaped tensors."""
+    """Copies {name: tensor} into a module, also on the meta device, in its dtype. `what`: how an error begins."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise SystemExit(f"{what}: {name} holds values that are not finite: the file is damaged")
@@ -836,9 +833,6 @@ def load_weights(module, tensors, what):
     except RuntimeError as error:
         raise SystemExit(f"{what}: {' '.join(str(error).split())[:400]}") from None
 
-
-# Note 1: cuDNN's attention can give NaN gradients on an H100 (pytorch issue 196678). Note 2: this compiles the backward
-# pass in the first forward already, where suppress_errors covers it too.
 
 if __name__ == "__main__":
     main()

@@ -43,8 +43,7 @@ class Diffusion:
     schedule  'linear' betas 1e-4 to 0.02 (DiT's), or 'scaled_linear', Stable Diffusion's 0.00085 to 0.012, linear in
               their roots
     predict   what the model returns: 'eps' as in the paper, 'v' = sqrt(abar) eps - sqrt(1 - abar) x, or the clean 'x',
-              which a small model learns faster
-    """
+              which a small model learns faster"""
 
     def __init__(self, schedule="linear", predict="eps"):
         start, end, power = (1e-4, 0.02, 1) if schedule == "linear" else (0.00085**0.5, 0.012**0.5, 2)
@@ -193,8 +192,7 @@ class DiT(nn.Module):
 
     The label `classes` stands for "no class": a dropped label. size: H and W, an int or (H, W), divisible by `patch`.
     Tensors have the raw DiT files' names, but no variance is predicted. Defaults: DiT-XL/2 on Stable Diffusion's
-    latents of 256x256. `checkpointing = True` recomputes activations in the backward pass.
-    """
+    latents of 256x256. `checkpointing = True` recomputes activations in the backward pass."""
 
     def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, classes=1000):
         super().__init__()
@@ -332,7 +330,7 @@ def load_content(run_dir, state=None):
     return model, None, diffusion, state
 
 
-def new_model(args, shape, classes, rank):
+def new_model(args, shape, classes):
     """(config, DiT, None) or (None, UNet, TextEncoder) to train, by the flags and the encodings."""
     C, *size = shape
     if (args.model == "sd") != bool(args.sd) or args.dit and args.sd:
@@ -342,7 +340,7 @@ def new_model(args, shape, classes, rank):
     config = dict(channels=C, size=size, patch=args.patch, classes=max(1, len(classes)), **DIT_SIZES[args.model])
     dit = DiT(**config)
     if args.dit:
-        load_dit(args.dit, dit, rank == 0)
+        load_dit(args.dit, dit)
     return config, dit, None
 
 
@@ -378,7 +376,7 @@ def main():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
         torch.backends.cudnn.benchmark = True  # convolutions see the same sizes again and again
-        torch.backends.cuda.enable_cudnn_sdp(False)  # note 1 of stage 1
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as in stage 1
     if world > 1:
         dist.init_process_group()
         found = [None] * world
@@ -402,7 +400,7 @@ def main():
         model, text_encoder, _, _ = load_content(run_dir, saved)
         config = saved["config"]
     else:
-        config, model, text_encoder = new_model(args, shape, classes, rank)
+        config, model, text_encoder = new_model(args, shape, classes)
     ema = copy.deepcopy(model.to(device)).eval().requires_grad_(False)
     model.checkpointing = args.checkpointing
     text_encoder = text_encoder and text_encoder.to(device, torch.float16 if device.type == "cuda" else torch.float32)
@@ -598,11 +596,9 @@ class SpatialTransformer(nn.Module):
 
 
 class UNet(nn.Module):
-    """Stable Diffusion's U-Net: noisy latents -> the noise in them. Its state_dict has the raw file's names.
-
-    The defaults are 1.5 (859.5 M parameters). `context=1024, head_width=64` is 2.1 (865.9 M), which fixes the heads'
-    width instead of their number. `checkpointing = True` recomputes activations in the backward pass.
-    """
+    """Stable Diffusion's U-Net: noisy latents -> the noise in them, under the raw file's names. The defaults are 1.5
+    (859.5 M parameters); `context=1024, head_width=64` is 2.1 (865.9 M), which fixes the heads' width instead of their
+    number. `checkpointing = True` recomputes activations in the backward pass."""
 
     def __init__(self, width=320, context=768, heads=8, head_width=None, multipliers=(1, 2, 4, 4), blocks=2):
         super().__init__()
@@ -712,11 +708,9 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text transformer, with Hugging Face's names: tokens (B, 77) -> hidden states (B, 77, width).
-
-    The defaults are 1.5's: CLIP ViT-L/14, quick-GELU, padded with END. 2.1's is OpenCLIP ViT-H/14 without its last
-    layer: width 1024, 23 layers, 16 heads, exact GELU, padded with 0.
-    """
+    """CLIP's text transformer, with Hugging Face's names: tokens (B, 77) -> hidden states (B, 77, width). The defaults
+    are 1.5's: CLIP ViT-L/14, quick-GELU, padded with END. 2.1's is OpenCLIP ViT-H/14 without its last layer: width
+    1024, 23 layers, 16 heads, exact GELU, padded with 0."""
 
     def __init__(self, width=768, layers=12, heads=12, quick_gelu=True, pad=END):
         super().__init__()
@@ -823,7 +817,7 @@ def load_stable_diffusion(path, predict="eps"):
     return unet, encoder
 
 
-def load_dit(path, dit, say=True):
+def load_dit(path, dit):
     """Loads DiT's raw ImageNet weights (DiT-XL-2-256x256.pt) into a DiT and says what could not be used."""
     table, last = "y_embedder.embedding_table.weight", "final_layer.linear."
     tensors = find_part(read_checkpoint(path), "", ["x_embedder.proj.weight", table, last + "weight"],
@@ -839,8 +833,7 @@ def load_dit(path, dit, say=True):
         unused += f", its first and last layer ({channels} channels, patch {patch})"
     load_weights(dit, tensors, f"{path}: the DiT")
     dit.y_embedder.embedding_table.weight.data[-1] = nothing  # the last row stands for no class
-    if say:
-        print(f"{path}: not used are {unused}")
+    print(f"{path}: not used are {unused}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import warnings
 import zipfile
 import zlib
 
+import av
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -239,8 +240,8 @@ class VideoSet(torch.utils.data.Dataset):
             if not fault:
                 self.about["size"] = list(clip.shape[1:3])
                 if os.path.isfile(path):
-                    with data.open_video(path) as (_, stream):
-                        self.about["codec"] = stream.codec_context.name
+                    with av.open(path) as file:
+                        self.about["codec"] = file.streams.best("video").codec_context.name
                 return
         raise SystemExit(f"no video in {folder} can be read and has {args.frames} --frames; the last: {fault}")
 
@@ -368,9 +369,6 @@ def main():
     add("--batch-size", type=int, default=4, help="videos at once on each rank")
     add("--workers", type=int, default=min(4, os.cpu_count()), help="loader processes on each rank")
     args = parser.parse_args()
-    counts = [args.num, args.frames, args.stride, args.batch_size, *(args.size or [])]
-    if min(count for count in counts if count is not None) < 1 or len(args.size or []) > 2:
-        raise SystemExit("--num, --frames, --size (one number or two), --stride and --batch-size are at least 1")
     if args.clipsim and (args.fake or args.i3d or args.split or args.save or args.real.endswith(".npz")):
         raise SystemExit("--clipsim takes one folder, and no --i3d, --split or --save")
     if not args.clipsim and (not args.fake or not args.i3d or args.frames < 9):
@@ -381,8 +379,8 @@ def main():
     if not os.path.isfile(path) and path != "random":
         raise SystemExit(f"{flag} {path}: no such file; --help says where to download it")
     args.size = args.size and [args.size[0], args.size[-1]]
-    args.rank, local, args.world = (int(os.environ.get(name, alone)) for name, alone in (
-        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    args.rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)

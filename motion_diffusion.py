@@ -73,8 +73,7 @@ class MotionDiT(nn.Module):
     motion_channels, frames, columns: D, L and H'+W'; L and the columns may be any number >= 1, the grid is padded to
     whole patches. channels, size: C and (H, W) of the content frame, which is cut into its own patches of
     `content_patch` values (table 4c). Defaults: table 6's DiT-XL/2 for Stable Diffusion 2.1's latents of 512x512.
-    `checkpointing = True` recomputes activations in the backward pass.
-    """
+    `checkpointing = True` recomputes activations in the backward pass."""
 
     def __init__(self, motion_channels=8, frames=16, columns=64, channels=4, size=64, patch=2, content_patch=8,
                  width=1152, depth=28, heads=16, classes=1000, text=None):
@@ -259,7 +258,7 @@ def main():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where something stays in float32
         torch.backends.cudnn.benchmark = True  # convolutions see the same sizes again and again
-        torch.backends.cuda.enable_cudnn_sdp(False)  # note 1 of stage 1
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as in stage 1
     if world > 1:
         dist.init_process_group()
         found = [None] * world

@@ -62,8 +62,7 @@ class Sampler:
         if state["step"] < state["args"]["steps"]:
             print(f"{self.args.run_dir}/{name} is unfinished: step {state['step']} of {state['args']['steps']}")
         model = model.requires_grad_(False).eval().to(self.device, self.dtype)
-        if text:
-            text.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
+        text = text and text.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
         return SimpleNamespace(model=model, text=text, shape=state["shape"], diffusion=diffusion.to(self.device)), state
 
     def draw_content(self, wishes, numbers):

@@ -56,9 +56,7 @@ def test_it_is_frozen_and_finite_even_where_all_channels_are_zero(files):
     assert distance.isfinite() and image.grad.isfinite().all()
 
 
-def test_files_in_the_wrong_order_and_tiny_images_are_named(files):
+def test_files_in_the_wrong_order_are_named(files):
     with pytest.raises(SystemExit, match='Missing key.*"lin.0.weight"') as caught:
         load_lpips(files[1], files[0])
     assert str(files[1]) in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(SystemExit, match="16x16"):
-        LPIPS()(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))

@@ -34,8 +34,8 @@ TINY = {  # script: what is added to a command's own flags (of two the last one 
     "tools/captions.py": "--num 2 ",
 }
 OF_PRESET = {  # what the stages need besides
-    "shapes": ("--size 16", "--model mini", ""), "shapes_text": ("--size 16", "", ""), "webvid_sd15": ("--size 16", "", ""),
-    "ucf101": ("--size 16 --clips-per-video 1", "--model mini --patch 4", ""),
+    "shapes": ("--size 16", "--model mini", ""), "shapes_text": ("--size 16", "", ""),
+    "webvid_sd15": ("--size 16", "", ""), "ucf101": ("--size 16 --clips-per-video 1", "--model mini --patch 4", ""),
     "webvid_sd21": ("--size 16 32", "", "--content-patch 4"),
 }
 LEAVES = {
@@ -209,15 +209,14 @@ RANKS = set()  # scripts that ran on two ranks
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda n: " ".join(COMMANDS[n])[:90])
 def test_a_command_runs(place, script, request, number):
     words, (launcher, name, arguments) = COMMANDS[number], parted(COMMANDS[number])
-    if reason := next((why for start, why in NOT_RUN.items() if f"{' '.join(words)} ".startswith(start)), None):
-        pytest.skip(reason)
+    if name not in TINY and words[0] != "cp":
+        pytest.skip(next(why for start, why in NOT_RUN.items() if f"{' '.join(words)} ".startswith(start)))
     if words in COMMANDS[:number] and "--resume" not in words:
         pytest.skip("runs above")
     if words[0] == "cp":
         os.makedirs(place / words[-1], exist_ok=True)
         subprocess.run(words, cwd=place, check=True)
         return
-    assert name in TINY, f"no table of tests/test_readme.py knows {' '.join(words)}"
     given = dict(zip(arguments, arguments[1:]))
     run = place / given.get("--run-dir", f"runs/{given.get('--preset', 'shapes')}")
     if name == "autoencoder.py" and "--resume" not in words:
