@@ -45,8 +45,8 @@ def free_port():
 
 
 def strike(name, what, *numbers):
-    """At these calls, counted from 1, of the function of that dotted name, this process gets signal `what`, or with "fail"
-    an error, or with "nan" a result that is NaN."""
+    """At these calls, counted from 1, of the function of that dotted name this process gets signal `what`, or an error
+    with "fail", or a result that is NaN with "nan"."""
     (owner, _, name), calls = name.rpartition("."), itertools.count(1)
     owner = pkgutil.resolve_name(owner)
     function = getattr(owner, name)

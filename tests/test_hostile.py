@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_data import numbers, picture, touch, write
 
 import data
-from autoencoder import load_lpips, read_checkpoint
+from autoencoder import read_checkpoint
 
 TINY = "--width 16 --heads 2 --depth 1 --size 16 --frames 4 --steps 1 --batch-size 4 --workers {}"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4265380512\n"

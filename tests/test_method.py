@@ -131,8 +131,8 @@ def shapes_of(run, keys, split="train"):
     videos, labels, captions = zip(*([shapes[key][name] for name in ("video", "label", "caption")] for key in keys))
     videos = torch.stack(videos)
     if run.text:
-        frames = run.images.encode(videos.transpose(1, 2).flatten(0, 1))
-        videos = frames.unflatten(0, (len(videos), -1)).transpose(1, 2)
+        moments = run.images.quant_conv(run.images.encoder(videos.transpose(1, 2).flatten(0, 1)))
+        videos = 0.18215 * moments[:, :4].unflatten(0, (len(videos), -1)).transpose(1, 2)
     return videos, [*labels], [*captions]
 
 
@@ -194,8 +194,7 @@ def test_the_rate_rises_for_a_twentieth_of_the_steps_and_falls_on_a_cosine_to_a_
     for stage, name in SCRIPTS.items():
         done = script(name, *words, *f"{STAGE_1} --frames 2 --clips 4".split() * (stage == "autoencoder"))
         assert done.returncode == 0, done.stderr
-        expected = [pytest.approx([rate(step, 40)], rel=1e-4) for step in range(40)]
-        assert read_log(tmp_path / f"{stage}.csv", "lr") == expected
+        assert read_log(tmp_path / f"{stage}.csv", "lr") == [pytest.approx([rate(i, 40)], rel=1e-4) for i in range(40)]
 
 
 def algorithm_1(settings, model, shape, seeds, conditions, scale, steps, eta, bounds, *frame):
@@ -251,7 +250,8 @@ def test_samples_are_those_of_algorithm_1(run, script, tmp_path, flagged):
             latents.append(algorithm_1(getattr(run, stage), models[stage], shape, seeds, conditions, *how, *latents))
     clips = autoencoder.decode(latents[0], latents[1] * std + mean)
     if run.text:
-        clips = run.images.decode(clips.transpose(1, 2).flatten(0, 1)).unflatten(0, (n, -1)).transpose(1, 2)
+        frames = run.images.post_quant_conv(clips.transpose(1, 2).flatten(0, 1) / 0.18215)
+        clips = run.images.decoder(frames).unflatten(0, (n, -1)).transpose(1, 2)
     for clip, path in zip(clips.movedim(1, 4), sorted(glob.glob(f"{tmp_path}/out/*.mkv")), strict=True):
         found = torch.from_numpy(data.read_clip(path, run.frames)).float()
         wrong = (found - ((clip + 1) * 127.5).round().clamp(0, 255)).abs()

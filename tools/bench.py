@@ -5,7 +5,6 @@
     python tools/bench.py --preset webvid_sd21 --only sampling --count                 # one clip's cost, nothing is run
     python tools/bench.py --memory                            # what training needs of a GPU's memory, without one
     python tools/bench.py --plan --rate 660 --mfu 0.45        # hours and bytes of the paper's runs
-    python tools/bench.py --samplers runs/shapes              # few steps of each sampler against 1000 of DDIM
 
 Weights and data are random: speed depends on neither. Versions take turns, so that other load slows all alike, and
 figures are medians. T are 10**12 multiply-accumulates of one clip: as the paper counts them, of convolutions and linear
@@ -14,6 +13,7 @@ layers alone, and in full. Memory is that of the tensors on a GPU, of the proces
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import statistics
@@ -36,17 +36,17 @@ from motion_diffusion import MotionDiT
 
 L, MINI = dict(width=1024, depth=24, heads=16), dict(width=128, depth=4, heads=4)  # DiT-XL is the models' default
 PRESETS = {  # the scripts' presets (tables 5 to 7): pixels, and what the models are told beside them
-    "shapes": dict(size=(32, 32), batches=(4, 16, 16), autoencoder=dict(channels=3, patch=4, width=64, depth=2, heads=4,
-                   smooth=True), content=dict(patch=4, classes=12, **MINI), motion=dict(classes=12, **MINI)),
-    "shapes_text": dict(size=(32, 32), batches=(4, 16, 16), autoencoder=dict(patch=1, width=64, depth=2, heads=4),
-                        image=dict(channels=32, multipliers=(1, 2, 2), blocks=1), text=(64, 2, 1),
-                        content=dict(width=48, context=64, multipliers=(1, 2, 2), blocks=1),
+    "shapes": dict(size=(32, 32), autoencoder=dict(channels=3, patch=4, width=64, depth=2, heads=4, smooth=True),
+                   content=dict(patch=4, classes=12, **MINI), motion=dict(classes=12, **MINI)),
+    "shapes_text": dict(size=(32, 32), autoencoder=dict(patch=1, width=64, depth=2, heads=4), text=(64, 2, 1),
+                        image=dict(channels=32, multipliers=(1, 2, 2), blocks=1), content=dict(
+                            width=48, context=64, multipliers=(1, 2, 2), blocks=1),
                         motion=dict(content_patch=2, text=64, **MINI)),
-    "ucf101": dict(size=(64, 64), batches=(24, 256, 256), autoencoder=dict(channels=3), content=dict(classes=101),
+    "ucf101": dict(size=(64, 64), autoencoder=dict(channels=3), content=dict(classes=101),
                    motion=dict(content_patch=4, classes=101, **L)),
-    "webvid_sd15": dict(size=(512, 512), batches=(24, 256, 256), autoencoder={}, image={}, text=(768, 12, 12),
-                        content={}, motion=dict(content_patch=4, text=1024)),
-    "webvid_sd21": dict(size=(512, 1024), batches=(24, 256, 256), autoencoder={}, image={}, text=(1024, 23, 16),
+    "webvid_sd15": dict(size=(512, 512), autoencoder={}, image={}, text=(768, 12, 12), content={},
+                        motion=dict(content_patch=4, text=1024)),
+    "webvid_sd21": dict(size=(512, 1024), autoencoder={}, image={}, text=(1024, 23, 16),
                         content=dict(context=1024, head_width=64), motion=dict(text=1024)),
 }
 STAGES = ("autoencoder", "content", "motion")
@@ -296,33 +296,6 @@ def print_count(preset, *flags):
 
 
 @torch.no_grad()
-def compare_samplers(run_dir, clips=12):
-    """Prints how far few steps of each sampler are from 1000 of DDIM, from the same noise, without guidance: the root
-    mean square, in the latents' deviations. A step costs each of them one call."""
-    from content_diffusion import dpm
-    torch.manual_seed(0)
-    states = {stage: torch.load(f"{run_dir}/{stage}.pt", weights_only=True) for stage in ("content", "motion")}
-    models = {}
-    for stage, kind in (("content", DiT), ("motion", MotionDiT)):
-        models[stage] = kind(**{name: value for name, value in states[stage]["config"].items() if name != "model"})
-        models[stage].load_state_dict(states[stage]["ema"])
-    noise = {stage: torch.randn(clips, *state["shape"]) for stage, state in states.items()}
-    labels, truth = torch.arange(clips) % models["content"].classes, {}
-
-    def sample(stage, sampler, steps):
-        given = [truth["content"]] if stage == "motion" else []
-        diffusion = Diffusion(states[stage]["args"]["schedule"], states[stage]["args"]["predict"])
-        return sampler(lambda x, t: models[stage](x, t, *given, labels), noise[stage], diffusion, steps)
-
-    print("steps" + "".join(f"{f'{stage}, {name}':>16}" for stage in models for name in ("ddim", "dpm++")))
-    for stage in models:
-        truth[stage] = sample(stage, ddim, 1000)
-    for steps in (5, 10, 20, 50, 100):
-        print(f"{steps:>5}" + "".join(
-            f"{(sample(stage, sampler, steps) - truth[stage]).square().mean().sqrt() / truth[stage].std():>16.4f}"
-            for stage in models for sampler in (ddim, dpm)), flush=True)
-
-
 # ---- Memory, computed on fake tensors, which have shapes but no values ----------------------------------------------
 
 def flash(q, k, v, *_, is_causal=False, **__):
@@ -331,12 +304,13 @@ def flash(q, k, v, *_, is_causal=False, **__):
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of all tensors made within it: `now` alive, and most alive at any time."""
+    """Counts the bytes of all tensors made within it, those of `model` not: `now` alive, and most alive at any time."""
 
-    def __init__(self):
+    def __init__(self, model):
         super().__init__()
         self.now = self.peak = 0
-        self.alive = set()
+        own = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        self.alive = {tensor.untyped_storage()._cdata for tensor in own}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **kwargs or {})
@@ -382,7 +356,7 @@ def activation_bytes(stage, preset, batch, size=None, checkpointing=False):
         inputs = make_inputs(stage, model, preset, batch, size)
         if stage == "autoencoder":
             inputs = [torch.empty(batch, model.channels, model.frames, *model.size)]
-        with Memory() as memory:
+        with Memory(model) as memory:
             with torch.autocast("cpu", torch.bfloat16):
                 output = model(*inputs)
             kept = memory.now
@@ -394,10 +368,9 @@ def print_memory(presets, stages, batch=None, size=None):
     """For each preset and stage, without and with --checkpointing: what its batch on eight GPUs needs of each, in one
     pass; and how many clips a pass fit GPUs of 24, 48 and 80 GB, of which a tenth is left free. States: the weights,
     gradients, Adam's two moments, in stages 2 and 3 the average, and the frozen models in half precision."""
-    print(f"{'preset':<12}{'stage':<12}{'states':>7} GiB{'clips a GPU':>13}{'saved':>7} GiB{'peak':>7} GiB"
-          f"{'clips a pass in 24 GB':>24}{'48 GB':>7}{'80 GB':>7}")
-    for preset, stage in ((preset, stage) for preset in presets for stage in stages):
-        clips = batch or max(1, PRESETS[preset]["batches"][STAGES.index(stage)] // 8)
+    print("preset      stage        states GiB  clips a GPU  saved GiB   peak GiB   clips a pass in 24 GB  48 GB  80 GB")
+    for preset, stage in itertools.product(presets, stages):
+        clips = batch or (3 if stage == "autoencoder" else 32)
         with torch.device("meta"):
             weights, frozen = make_model(stage, preset, size), image_autoencoder(preset)
             if frozen and stage != "autoencoder":
@@ -454,7 +427,6 @@ def main():
     add("--guidance", type=float, default=8.5, help="guidance scale of the content frame; 1: none")
     add("--rounds", type=int, default=3, help="turns of each version")
     add("--count", action="store_true", help="print one clip's multiply-accumulates alone")
-    add("--samplers", metavar="RUN_DIR", help="compare few steps of each sampler with 1000 of DDIM")
     add("--memory", action="store_true", help="print what training needs of a GPU's memory, computed without one")
     add("--plan", action="store_true", help="print the plan alone, from --rate and --mfu")
     add("--rate", type=float, default=312, help="TFLOPS of one GPU, for --plan (default: an A100's)")
@@ -466,8 +438,6 @@ def main():
             plan(args.rate * 1e12, args.mfu, preset)
     elif args.memory:
         print_memory(large, [stage for stage in STAGES if stage in args.only], args.batch_size, args.size)
-    elif args.samplers:
-        compare_samplers(args.samplers)
     else:
         args.preset = args.preset or "shapes"
         flags = args.preset, args.steps, args.motion_steps, args.guidance, args.size

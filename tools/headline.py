@@ -15,6 +15,7 @@ import argparse
 import gc
 import os
 import statistics
+import time
 import unittest.mock
 
 import bench
@@ -90,20 +91,23 @@ def print_memory(size):
 
 @torch.no_grad()
 def print_seconds(size, rounds):
-    """Of a step of each model in float32, in turns. One is in memory at a time."""
+    """Of the CPU (what other jobs take is left out), for a step in float32, in turns. One model at a time in memory."""
     seconds = {name: [] for name in MODELS}
     for _ in range(rounds):
         for name in MODELS:
             model = make(name, size).eval()
             inputs = inputs_of(name, model, size)
-            call = [bench.timed(lambda: model(*inputs))[0] for _ in range(2 if name == "ModelScope" else 4)]
-            seconds[name] += call[1:]  # the first warms up
-            model = None
+            model(*inputs)  # warms up
+            for _ in range(1 if name == "ModelScope" else 3):
+                start = time.process_time()
+                model(*inputs)
+                seconds[name].append(time.process_time() - start)
+            del model
             gc.collect()
     medians = {name: statistics.median(some) for name, some in seconds.items()}
     print(f"{torch.get_num_threads()} CPU threads, load {os.getloadavg()[0]:.1f}, medians of {rounds} turns: {medians}")
     theirs, ours = medians["ModelScope"], medians["content"] + medians["motion"] + medians["autoencoder"] / 50
-    say(size, "a step, autoencoder / 50", "float32", theirs, ours, "s", f"{theirs / ours:.1f}x")
+    say(size, "a step, autoencoder / 50", "float32", theirs, ours, "CPU s", f"{theirs / ours:.1f}x")
 
 
 def main():

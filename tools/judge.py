@@ -116,7 +116,7 @@ def spread(videos, labels):
     position = torch.stack([weight.sum(axes) @ torch.linspace(0, 1, SIZE) for axes in ((1, 2, 3), (1, 2, 4))], 1)
     traits = (videos * weight).sum((2, 3, 4)), position, background.mean((2, 3, 4))
     group = labels.unique(dim=0, return_inverse=True)[1]
-    return np.array([np.mean([trait[group == i].std(0).mean().item() for i in group.unique()]) for trait in traits])
+    return np.array([np.nanmean([trait[group == i].std(0).mean().item() for i in group.unique()]) for trait in traits])
 
 
 def read_clips(folder, frames=FRAMES):
