@@ -326,8 +326,8 @@ def encode_dataset(args, model, image, dataset, indices, tests, test, rank, worl
     made_of.update(repr([args.content, args.smooth, args.size, args.stride, args.seed, args.clips_per_video,
                          args.shard_size, dataset.identity, tests.identity]).encode())
     for clips, chosen in ((dataset, indices), (tests, test)):
-        for index in chosen if hasattr(clips, "stamp") else ():  # of files
-            made_of.update(clips.stamp(index))
+        for index in chosen:
+            made_of.update(b"%d " % index + (clips.stamp(index) if hasattr(clips, "stamp") else b""))
     identity, n, total = made_of.hexdigest()[:16], args.clips_per_video, len(indices) * args.clips_per_video
     shards = [range(total)[i : i + args.shard_size] for i in range(0, total, args.shard_size)] + [range(len(test))[:64]]
     size = max(1, min(args.batch_size // world, 32))  # no larger than in training, where it fits into memory
@@ -473,7 +473,7 @@ def main():
     model = Autoencoder(**config).to(device)
     model.encoder.checkpointing = model.decoder.checkpointing = args.checkpointing
     lpips = load_lpips(*args.lpips).to(device) if args.lpips else None
-    weights, rows = list(model.parameters()), saved["rows"] if saved else []
+    weights, rows = list(model.parameters()), saved.get("rows", []) if saved else []
     optimizer = torch.optim.Adam(weights, lr=args.lr, betas=args.betas, fused=True)
     if saved:
         model.load_state_dict(saved["model"])

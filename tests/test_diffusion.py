@@ -21,19 +21,12 @@ def randomised(model):
     return model.eval()
 
 
-def output_for(diffusion, x_t, t, x, eps):
-    """What a model returns that takes x_t for a mixture of x and eps."""
-    signal, noise = diffusion.scales(t, x_t)
-    return dict(eps=eps, v=signal * eps - noise * x, x=x)[diffusion.predict]
-
-
 def gaussian(diffusion):
-    """The best possible denoiser of data from N(MEAN, STD^2): it guesses the mean of eps, given x_t."""
+    """The best possible denoiser of data from N(MEAN, STD^2): it returns the mean of eps, given x_t."""
 
     def denoise(x_t, t):
         signal, noise = diffusion.scales(t, x_t)
-        eps = noise * (x_t - signal * MEAN) / (signal**2 * STD**2 + noise**2)
-        return output_for(diffusion, x_t, t, (x_t - noise * eps) / signal, eps)
+        return noise * (x_t - signal * MEAN) / (signal**2 * STD**2 + noise**2)
 
     return denoise
 
@@ -48,7 +41,7 @@ def test_ddim_with_eta_0_follows_the_closed_form_path():
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.01
 
 
-@pytest.mark.parametrize("steps, interval", [(28, 27), (1000, 1000)])  # it steps back by 1000 // interval
+@pytest.mark.parametrize("steps, interval", [(28, 27), (1000, 1000)])  # diffusers steps back by 1000 // interval
 @pytest.mark.parametrize("kind, eta, bounds", [("epsilon", 0.0, None), ("epsilon", 0.7, None),
                                                ("v_prediction", 1.0, (-0.5, 0.5)), ("sample", 0.0, (-0.5, 0.5))])
 def test_ddim_takes_the_steps_of_diffusers(kind, eta, bounds, steps, interval):
@@ -80,15 +73,11 @@ def test_a_single_step_starts_from_pure_noise():
 
 @pytest.mark.parametrize("predict", ["eps", "v", "x"])
 def test_a_model_that_is_right_has_no_loss_and_its_estimates_are_right(predict):
-    diffusion, seen = Diffusion("linear", predict), []
-    x, eps, t = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.tensor([0, 10, 500, 900])
-
-    def model(x_t, t):
-        seen.append([output_for(diffusion, x_t, t, x, eps), x_t, t])
-        return seen[0][0]
-
-    assert diffusion.loss(model, x, t, eps) < 1e-10
-    for ours, exact in zip(diffusion.estimates(*seen[0]), (x, eps)):
+    diffusion, (x, eps), t = Diffusion("linear", predict), torch.randn(2, 4, 3, 2, 2), torch.tensor([0, 10, 500, 900])
+    signal, noise = diffusion.scales(t, x)
+    right = dict(eps=eps, v=signal * eps - noise * x, x=x)[predict]
+    assert diffusion.loss(lambda x_t, t: right, x, t, eps) < 1e-10
+    for ours, exact in zip(diffusion.estimates(right, signal * x + noise * eps, t), (x, eps)):
         assert torch.allclose(ours, exact, atol=1e-3)
 
 
@@ -125,21 +114,15 @@ def test_dit_equals_diffusers():
     embedder = reference.transformer_blocks[0].norm1.emb  # of which each block there has one
     embedder.time_proj.downscale_freq_shift = 0  # as in DiT's own code; diffusers says 1
     reference.transformer_blocks[1].norm1.emb = embedder
-    renames = dict(line.split() for line in """x_embedder pos_embed
-        blocks transformer_blocks
-        adaLN_modulation.1 norm1.linear
-        final_layer.norm1.linear proj_out_1
-        final_layer.linear proj_out_2
-        attn. attn1.
-        attn1.proj attn1.to_out.0
-        mlp.fc1 ff.net.0.proj
-        mlp.fc2 ff.net.2
-        t_embedder.mlp.0 transformer_blocks.0.norm1.emb.timestep_embedder.linear_1
-        t_embedder.mlp.2 transformer_blocks.0.norm1.emb.timestep_embedder.linear_2
-        y_embedder transformer_blocks.0.norm1.emb.class_embedder""".splitlines())
+    emb, renames = "blocks.0.norm1.emb.", [("x_embedder", "pos_embed")]
+    renames += [(f"t_embedder.mlp.{n}", f"{emb}timestep_embedder.linear_{m}") for n, m in ((0, 1), (2, 2))]
+    renames += [("y_embedder", f"{emb}class_embedder"), ("blocks", "transformer_blocks"), ("attn.", "attn1."),
+                ("adaLN_modulation.1", "norm1.linear"), ("attn1.proj", "attn1.to_out.0"), ("mlp.fc1", "ff.net.0.proj"),
+                ("mlp.fc2", "ff.net.2"), ("final_layer.norm1", "proj_out_1"), ("proj_out_1.linear", "proj_out_1"),
+                ("final_layer.linear", "proj_out_2")]
     state = {}
     for name, tensor in model.state_dict().items():
-        for ours, theirs in renames.items():
+        for ours, theirs in renames:
             name = name.replace(ours, theirs)
         parts = zip("qkv", tensor.chunk(3)) if "qkv" in name else [("", tensor)]
         state |= {name.replace("qkv", f"to_{part}"): third for part, third in parts}
@@ -163,23 +146,17 @@ def test_the_motion_model_takes_any_grid(frames, columns):
     assert model(motion, torch.tensor([3, 900]), content, torch.tensor([0, 5])).shape == motion.shape
 
 
-def test_the_cost_of_the_motion_model_is_the_papers():
-    """Table 8: 0.14 TFLOPs, one forward of DiT-XL/2 at 16x512x512 with content patch 8."""
+def test_the_costs_of_the_motion_model_and_of_sampling_are_the_papers():
+    """Table 8: 0.14 TFLOPs for a forward of DiT-XL/2 at 16x512x512. Table 10: one clip of 16x512x1024, both models by
+    the same number of steps, one branch of guidance, the autoencoder once, no image decoder."""
+    t, text = torch.empty(1, device="meta"), torch.empty(1, 1024, device="meta")
     with torch.device("meta"):
-        model = MotionDiT(text=1024)
-        inputs = torch.empty(1, 8, 16, 64), torch.zeros(1), torch.empty(1, 4, 64, 64), torch.empty(1, 1024)
-        assert count_macs(model, *inputs) / 1e12 == pytest.approx(0.143, rel=0.005)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(676, rel=0.005)
-
-
-def test_the_cost_of_sampling_is_the_papers():
-    """Table 10: one clip of 16x512x1024, both models by the same number of steps, one branch of guidance, the whole
-    autoencoder once and Stable Diffusion's image decoder not at all."""
-    with torch.device("meta"):
-        t, frame, motion = torch.zeros(1), torch.empty(1, 4, 64, 128), torch.empty(1, 8, 16, 96)
-        model = MotionDiT(columns=96, size=(64, 128), text=1024)
-        step = count_macs(UNet(context=1024, head_width=64), frame, t, torch.empty(1, 77, 1024))
-        step += count_macs(model, motion, t, frame, torch.empty(1, 1024))
+        model, wide = MotionDiT(text=1024), MotionDiT(columns=96, size=(64, 128), text=1024)
+        small = count_macs(model, torch.empty(1, 8, 16, 64), t, torch.empty(1, 4, 64, 64), text)
+        step = count_macs(wide, torch.empty(1, 8, 16, 96), t, frame := torch.empty(1, 4, 64, 128), text)
+        step += count_macs(UNet(context=1024, head_width=64), frame, t, torch.empty(1, 77, 1024))
         once = count_macs(Autoencoder(size=(64, 128)), torch.empty(1, 4, 16, 64, 128))
-    for steps, tera in ((50, 46.8), (100, 92.1)):
-        assert (steps * step + once) / 1e12 == pytest.approx(tera, rel=0.002)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(676, rel=0.005)
+    assert small / 1e12 == pytest.approx(0.143, rel=0.005)
+    assert (50 * step + once) / 1e12 == pytest.approx(46.8, rel=0.002)
+    assert (100 * step + once) / 1e12 == pytest.approx(92.1, rel=0.002)

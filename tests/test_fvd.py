@@ -30,7 +30,7 @@ class Tiny(nn.Module):
         assert rescale and resize and return_features
         x = torch.relu(self.first(x / 127.5 - 1))
         y = torch.relu(self.second(x))
-        return torch.cat([x.mean((2, 3, 4)), x.std((2, 3, 4)), y.mean((2, 3, 4)), y.std((2, 3, 4))], 1)
+        return 100 * torch.cat([x.mean((2, 3, 4)), x.std((2, 3, 4)), y.mean((2, 3, 4)), y.std((2, 3, 4))], 1)
 
 
 def save_script(module, path):
@@ -278,7 +278,7 @@ def test_the_number_is_that_of_the_features_computed_one_by_one(script, folders,
                 clip = [np.asarray(Image.open(f"{folder}/{i}.png")) for i in range(start, start + 16)]
                 rows += [*detector([np.stack(clip)])]
     value, about = re.fullmatch(r"FVD ([\d.]+) \| (.*)\n", done.stdout).groups()
-    assert float(value) == pytest.approx(fvd.frechet_distance(*sets), abs=0.006)
+    assert float(value) == pytest.approx(fvd.frechet_distance(*sets), rel=1e-4) and float(value) > 5
     assert about == ("5 real, 5 fake clips | 16 frames, 24x24, seed 0; strides: real 1, fake 1; codecs: real none, "
                      "fake none | StyleGAN-V's TorchScript I3D, tiny.pt: 40 numbers before the softmax; random clips, "
                      "real ones of 6 videos; covariance over N")
@@ -362,8 +362,7 @@ def test_mistakes_cost_one_line(refused, folders, tiny, tmp_path):
         ("{tiny} {fake} --i3d {tiny}", "{tiny}", "file"), ("{fake}/v0 {fake} --i3d {tiny}", "v0", "of one video"),
         ("{real} {tmp}/empty --i3d {tiny}", "empty", "no videos"), ("{real} {fake} --clipsim", "--clipsim"),
         ("{real} {fake} --i3d {tiny} --frames 50", "{real}", "50"), ("{real} {fake} --i3d random --frames 8", "9"),
-        ("{real} {fake} --i3d {tiny} --save {tmp}/no/x", "--save"), ("{real} {fake} --i3d {tiny} --num 0", "--num"),
-        ("{real} {fake} --i3d {tiny} --size 9 9 9", "--size"), ("{real} {fake} --i3d {tiny} --fram 9", "--fram"),
+        ("{real} {fake} --i3d {tiny} --save {tmp}/no/x", "--save"), ("{real} {fake} --i3d {tiny} --fram 9", "--fram"),
         ("shapes {fake} --i3d {tiny} --split {tmp}/x", "{tmp}/x"), ("{fake} --clipsim --clip x.pt", "--clip x.pt"),
         ("{fake} --clipsim --split x", "--split"), ("{real} none.npz --i3d {tiny}", "none.npz"),
     ):

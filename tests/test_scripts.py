@@ -43,6 +43,7 @@ def run(script):
 
 
 def encoded(folder):
+    data.open_shard.cache_clear()
     return data.EncodedClips(str(folder), load(folder, "autoencoder"))
 
 
@@ -52,11 +53,8 @@ def clips_in(folder, ending="mp4", frames=6):
 
 def copy(folder, to, *names):
     """A run folder with these files of another, or all, by hard links: scripts replace files, they never change one."""
-
-    def left_out(_, found):
-        return [name for name in found if names and name not in names and not name.startswith("shard-")]
-
-    return shutil.copytree(folder, to, copy_function=os.link, ignore=left_out)
+    return shutil.copytree(folder, to, copy_function=os.link, ignore=lambda _, found: [
+        name for name in found if names and name not in names and not name.startswith("shard-")])
 
 
 # ---- Moving shapes, and the models that come with the code ----------------------------------------------------------
@@ -73,8 +71,7 @@ def shapes(run, tmp_path_factory):
 
 
 def test_the_run_folder_holds_what_the_design_says(shapes):
-    for name in ("encodings/shard-00003.safetensors", "samples/samples.gif", "samples/samples.png"):
-        assert (shapes / name).stat().st_size > 0, name
+    assert (shapes / "samples" / "samples.gif").stat().st_size and (shapes / "samples" / "samples.png").stat().st_size
     assert clips_in(shapes / "samples").shape == (3, 6, 16, 16, 3)
     for stage, rate in (("autoencoder", 2e-3), ("content", 3e-3), ("motion", 2e-3)):
         state, rows = load(shapes, stage), rows_of(shapes, stage)
@@ -88,8 +85,8 @@ def test_ranks_share_the_sampling_and_bfloat16_is_nearly_float32(run, processes,
     flags = f"sample.py {FEW} --num 5 --batch-size 2 --run-dir {shapes} --out {tmp_path}/"
     done = processes.finish(*processes.ranks(*[f"{flags}two".split()] * 2))
     assert [rank.returncode for rank in done] == [0, 0], done
-    for out, more in (("one", ""), ("rough", " --dtype bfloat16")):
-        run(f"{flags}{out}{more}")
+    run(f"{flags}one")
+    run(f"{flags}rough --dtype bfloat16")
     one, two, rough = (tmp_path / out for out in ("one", "two", "rough"))
     assert abs(clips_in(one) - clips_in(two)).max() <= 2  # of rounding, and the video codec's answer to it
     assert 0 < abs(clips_in(one) - clips_in(rough)).mean() < 5
@@ -106,8 +103,7 @@ def flags_of(module, *words):
 
 def test_clips_come_from_the_models_beside_the_code_until_all_three_of_ones_own_are_trained(
         run, shapes, tmp_path, monkeypatch):
-    done = run("sample.py -n 2 --steps 4 --motion-steps 4 --out clips", folder=tmp_path)
-    assert "pretrained/shapes" in done.stdout
+    assert "pretrained/shapes" in run(f"sample.py -n 2 {FEW} --out clips", folder=tmp_path).stdout
     for clip in clips_in(tmp_path / "clips", frames=16):
         assert abs(clip[-1] - clip[0]).max() > 60  # something moves
     monkeypatch.chdir(tmp_path)
@@ -170,9 +166,8 @@ def test_a_folder_of_videos_goes_through_all_four_scripts(run, filmed, tmp_path)
 
 
 def test_a_label_is_a_name_and_a_number_only_where_no_class_has_that_name():
-    args = SimpleNamespace(run_dir="run", num=3, prompt=None, prompts=None, negative_prompt="")
     for label, expected in (("1", [0, 0, 0]), ("0", [0, 0, 0]), ("b", [1, 1, 1]), ("2", [2, 2, 2]), (None, [0, 1, 2])):
-        args.label = label
+        args = flags_of("sample.py", "--num", 3, *(["--label", label] if label else []))
         assert sample.read_wishes(args, False, ["1", "b", "c"])[0] == expected
 
 
@@ -180,8 +175,8 @@ def test_real_clips_are_of_all_that_is_named_and_of_the_run_s_own_classes(run, f
     """The data set's class b has number 0, the run's number 1."""
     shutil.copytree(videos / "b", tmp_path / "some" / "b")
     command = f"sample.py --predict-motion --data {tmp_path}/some --run-dir {filmed.folder}"
-    done = run(f"{command} --num 200 {FEW} --out {tmp_path}/out")
-    assert "4 clips, not 200" in done.stdout and clips_in(tmp_path / "out" / "real", frames=9).shape[0] == 4
+    assert "4 clips, not 200" in run(f"{command} --num 200 {FEW} --out {tmp_path}/out").stdout
+    assert clips_in(tmp_path / "out" / "real", frames=9).shape[0] == 4
     state = load(filmed.folder, "autoencoder")
     assert sample.open_real(flags_of(*command.split()), state["args"], state["classes"])[3] == {0: 1}
 
@@ -207,11 +202,10 @@ def test_the_logged_test_loss_is_of_64_pairs_of_a_clip_and_a_noise_level(filmed)
 # ---- Text to video --------------------------------------------------------------------------------------------------
 
 def test_captioned_shapes_go_from_the_shipped_file_to_clips_of_prompts(run, tmp_path):
-    run(f"autoencoder.py --preset shapes_text --size 16 --frames 2 --clips 8 {SMALL} {STEPS} --run-dir {tmp_path}/run",
-        folder=tmp_path)  # from any working directory
-    for stage in STAGES[1:]:
-        run(f"{stage}.py {STEPS} --run-dir {tmp_path}/run")
-    run(f"sample.py {FEW} -n 2 --run-dir {tmp_path}/run --out {tmp_path}/out --prompt", "a red circle moving left")
+    stage_1 = f"autoencoder.py --preset shapes_text --size 16 --frames 2 --clips 8 {SMALL}"
+    for command in (stage_1, "content_diffusion.py", "motion_diffusion.py"):
+        run(f"{command} {STEPS} --run-dir run", folder=tmp_path)  # from any working directory
+    run(f"sample.py {FEW} -n 2 --run-dir run --out out --prompt", "a red circle moving left", folder=tmp_path)
     assert clips_in(tmp_path / "out", frames=2).shape == (2, 2, 16, 16, 3)
 
 
@@ -267,10 +261,11 @@ def test_shards_are_kept_while_all_is_the_same_and_models_of_other_encodings_are
                                 (f"--data {videos} --clips 4 --seed 1", 4, 1)):
         run(f"autoencoder.py --encode {flags} --run-dir {folder}")
         clips, before, identity = encoded(folder), identity, load(folder, "autoencoder")["identity"]
-        assert (len(clips), len(clips.test_clips()["label"])) == (count, tests) and identity != before, flags
+        assert count - ("data" in flags) <= len(clips) <= count and identity != before, flags  # one video is broken
+        assert len(clips.test_clips()["label"]) == tests
         for command in (*(f"{stage}.py --resume" for stage in STAGES[1:]), "sample.py", "sample.py --predict-motion"):
             refused(f"{command} --run-dir {folder}", folder, "encodings")
-    assert {clips[i]["label"] for i in range(4)} == {0, 1}  # a few clips of a folder are of all its classes
+    assert {clips[i]["label"] for i in range(len(clips))} == {0, 1}  # a few clips of a folder are of all its classes
     run(f"sample.py --reconstruct -n 1 --run-dir {folder} --out {tmp_path}/out")  # needs no other model
 
 
@@ -298,8 +293,8 @@ def test_the_models_that_come_with_the_code_encode_into_a_folder_of_ones_own(run
     weights = [load(folder, "autoencoder")["model"] for folder in (shipped, mine)]
     assert all(torch.equal(weights[0][name].float(), weights[1][name]) for name in weights[0] if "motion_" not in name)
     shutil.copy(shipped / "motion.pt", mine)
-    done = run(f"motion_diffusion.py --resume --steps 1 --run-dir {mine}")
-    assert "without its optimizer" in done.stdout and load(mine, "motion")["step"] == 1
+    assert "optimizer" in run(f"motion_diffusion.py --resume --steps 1 --run-dir {mine}").stdout
+    assert load(mine, "motion")["step"] == 1
     for flags in ("--encode", "--resume --steps 2000"):
         refused(f"autoencoder.py {flags} --run-dir {shipped}", shipped, "--encode")
     refused(f"autoencoder.py --encode {shapes} --run-dir {mine}", "mine/autoencoder.pt exists")
@@ -312,9 +307,9 @@ MISTAKES = """command | words of the line
 autoencoder.py --steeps 3 --run-dir {new} | --steeps
 content_diffusion.py --run-dir {shapes} --step 3 | --step 3
 autoencoder.py --preset ucf101 --run-dir {new} | --data
-autoencoder.py --preset webvid_sd15 --data {captioned}/list.csv --run-dir {new} | --sd
-autoencoder.py --preset webvid_sd15 --data {captioned}/list.csv --sd /nowhere.ckpt --run-dir {new} | /nowhere.ckpt
-autoencoder.py --preset webvid_sd15 --data {captioned}/list.csv --sd {sd} --size 16 18 --workers 0 --run-dir {new} | --size 16 18
+autoencoder.py --preset webvid_sd15 --data {csv} --run-dir {new} | --sd
+autoencoder.py --preset webvid_sd15 --data {csv} --sd /nowhere.ckpt --workers 0 --run-dir {new} | /nowhere.ckpt
+autoencoder.py --preset webvid_sd15 --data {csv} --sd {sd} --size 16 18 --workers 0 --run-dir {new} | --size 16 18
 autoencoder.py --size 18 --run-dir {new} | --size 18 18
 autoencoder.py --data /nowhere --run-dir {new} | /nowhere
 autoencoder.py --split list.txt --run-dir {new} | --split
@@ -336,7 +331,7 @@ motion_diffusion.py --run-dir {begun} --preset webvid_sd15 | --text
 sample.py --run-dir {new} | no {new}/autoencoder.pt
 sample.py --run-dir {shapes} --label hexagon | --label hexagon | circle moving left
 sample.py --run-dir {shapes} --prompt hello | {shapes} | --label
-sample.py --run-dir {captioned}/run | --prompt
+sample.py --run-dir {text} | --prompt
 sample.py --run-dir {shapes} --out {shapes} | --out {shapes}
 sample.py --run-dir {shapes} --image {shapes}/motion.csv | --image {shapes}/motion.csv
 sample.py --run-dir {shapes} --reconstruct --predict-motion | --reconstruct | --predict-motion
@@ -345,8 +340,8 @@ sample.py --run-dir {shapes} --predict-motion --data {videos} | 1, b | circle mo
 
 
 def test_a_mistake_costs_one_line_and_leaves_nothing_behind(refused, shapes, videos, captioned, tmp_path):
-    places = dict(shapes=shapes, videos=videos, captioned=captioned, sd=SD, new=tmp_path / "new",
-                  bare=copy(shapes, tmp_path / "bare", "autoencoder.pt"),
+    places = dict(shapes=shapes, videos=videos, text=captioned / "run", csv=captioned / "list.csv", sd=SD,
+                  new=tmp_path / "new", bare=copy(shapes, tmp_path / "bare", "autoencoder.pt"),
                   begun=copy(shapes, tmp_path / "begun", "autoencoder.pt", "encodings"))
     for line in MISTAKES:
         refused(*line.format(**places).split(" | "))

@@ -96,8 +96,8 @@ def outcomes(tmp_path_factory):
     whole = tmp_path_factory.mktemp("runs") / "whole"
 
     def outcome(stage, run, flags):
-        words = f"{stage} {FLAGS[stage]} {flags} --run-dir {run} " + ("--out " + str(run / "out") if stage == "sample"
-                                                                      else TRAINING)
+        words = f"{stage} {FLAGS[stage]} {flags} --run-dir {run} "
+        words += f"--out {run}/out" if stage == "sample" else TRAINING
         with pytest.MonkeyPatch.context() as patch:
             for module in content_diffusion, motion_diffusion:
                 patch.setitem(module.DIT_SIZES, "mini", dict(width=32, depth=1, heads=2))

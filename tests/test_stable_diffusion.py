@@ -126,7 +126,6 @@ def test_clip_text_encoder_equals_transformers(tmp_path, prefix):
     state["embeddings.position_ids"] = torch.arange(77)[None]  # in the real file
     save_file(prefixed(prefix, state) | {"vision_model.a": torch.zeros(1)}, tmp_path / "clip.safetensors")
     encoder = load_text_encoder(tmp_path / "clip.safetensors")
-    assert not any(p.requires_grad for p in encoder.parameters())
     assert close(encoder(tokenize(CAPTIONS, 0)), reference(tokenize(CAPTIONS, 0)).last_hidden_state)
     assert close(encoder.encode(CAPTIONS), reference(tokenize(CAPTIONS, 49407)).last_hidden_state)
 
@@ -135,14 +134,12 @@ def test_clip_text_encoder_equals_transformers(tmp_path, prefix):
 def test_openclip_text_encoder_equals_open_clip_up_to_its_last_but_one_layer(tmp_path, prefix):
     reference = randomised(openclip_text(128, 3, 2), seed=1)
     unused = {"attn_mask": torch.zeros(77, 77), "logit_scale": torch.ones(())}  # in the real file
-    state = prefixed(prefix, reference.state_dict() | unused)
-    torch.save(state | {"visual.conv1.weight": torch.zeros(2, 2)}, tmp_path / "openclip.bin")
-    encoder, x = load_text_encoder(tmp_path / "openclip.bin"), tokenize(CAPTIONS, 0)
-    ours = encoder.encode(CAPTIONS)
-    x, mask = reference._embeds(x)
+    state = prefixed(prefix, reference.state_dict() | unused) | {"visual.conv1.weight": torch.zeros(2, 2)}
+    torch.save(state, tmp_path / "openclip.bin")
+    x, mask = reference._embeds(tokenize(CAPTIONS, 0))
     for block in list(reference.transformer.resblocks)[:-1]:
         x = block(x, attn_mask=mask)
-    assert close(ours, reference.ln_final(x))
+    assert close(load_text_encoder(tmp_path / "openclip.bin").encode(CAPTIONS), reference.ln_final(x))
 
 
 def test_captions_are_tokenised_as_open_clip_does_and_padded_both_ways():
@@ -284,20 +281,19 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, kind):
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"state_dict": t}, lambda t: {"model": t, "step": 1},
-                                  lambda t: {"ema": t, "model": {"a": torch.zeros(1)}, "args": [1.5, None, "x", {2}]},
-                                  lambda t: {"module": OrderedDict(("module." + k, v) for k, v in t.items())}])
+@pytest.mark.parametrize("wrap", [
+    lambda t: t, lambda t: {"state_dict": t},
+    lambda t: {"module": OrderedDict(("module." + name, tensor) for name, tensor in t.items())},
+    lambda t: {"ema": t, "model": {"a": torch.zeros(1)}, "args": [1.5, None, "x", {2}]}])
 def test_every_tensor_comes_back_as_it_was(tmp_path, new, wrap):
     base = torch.arange(24.0).view(4, 6)
     tensors = {"half": torch.ones(7).half(), "b16": torch.ones(2, 2).bfloat16(), "long": torch.arange(5),
-               "bool": torch.tensor([True, False]), "scalar": torch.tensor(2.5), "view": base[1:3, ::2],
-               "transposed": base.T, "shared": base, "empty": torch.zeros(0, 3),
-               "parameter": torch.nn.Parameter(torch.ones(2))}
+               "view": base[1:3, ::2], "transposed": base.T, "shared": base, "empty": torch.zeros(0, 3),
+               "scalar": torch.tensor(2.5), "parameter": torch.nn.Parameter(torch.ones(2))}
     torch.save(wrap(tensors), tmp_path / "x.anything", _use_new_zipfile_serialization=new)
     read = read_checkpoint(tmp_path / "x.anything")
-    assert read.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) and not read[name].requires_grad
+    assert read.keys() == tensors.keys() and not any(tensor.requires_grad for tensor in read.values())
+    assert all(read[name].dtype == t.dtype and torch.equal(read[name], t) for name, t in tensors.items())
 
 
 def test_weights_are_copied_and_a_checkpoint_keeps_the_text_encoder_in_half_precision():
@@ -325,37 +321,25 @@ def dit_file(tmp_path):
     return source, tmp_path / "dit.pt"
 
 
-def test_dit_loads_without_sigma_and_with_new_classes_on_another_grid(dit_file, capsys):
-    source, path = dit_file
-    dit, wide = (DiT(channels=4, size=size, patch=2, classes=101, **SMALL) for size in (8, (8, 16)))
+def test_dit_loads_without_sigma_and_with_new_classes(dit_file, capsys):
+    (source, path), dit = dit_file, DiT(channels=4, size=8, patch=2, classes=101, **SMALL)
     before, x, t = dit.y_embedder.embedding_table.weight.clone(), torch.randn(2, 4, 8, 8), torch.tensor([5, 900])
     load_dit(path, dit)
-    said = capsys.readouterr().out
-    load_dit(path, wide, say=False)
-    assert str(path) in said and "1000 classes" in said and "layer" not in said and capsys.readouterr().out == ""
-    with torch.no_grad():  # without a class both are the same function
-        assert torch.allclose(dit(x, t, torch.tensor([101, 101])), source(x, t, torch.tensor([1000, 1000])), atol=1e-5)
+    assert re.search(re.escape(str(path)) + ".* 1000 classes$", capsys.readouterr().out.strip())
+    # Without a class both are the same function.
+    assert close(dit(x, t, torch.tensor([101, 101])), source(x, t, torch.tensor([1000, 1000])))
     assert torch.equal(dit.y_embedder.embedding_table.weight[:-1], 0.02 * before[:-1])  # the scale of the file's own
-    assert torch.equal(wide.pos_embed[0], sincos_positions(4, 8, 32)) and all(p.requires_grad for p in dit.parameters())
+    assert all(p.requires_grad for p in dit.parameters())
 
 
-@pytest.mark.parametrize("sizes", [dict(channels=4, size=16, patch=4), dict(channels=3, size=8, patch=2)])
-def test_with_another_patch_or_other_channels_dit_keeps_its_own_first_and_last_layer(dit_file, capsys, sizes):
+@pytest.mark.parametrize("sizes, kept", [(dict(channels=4, size=(8, 16), patch=2), ("pos_embed",)),
+                                         (dict(channels=4, size=16, patch=4), ("x_embedder.", "final_layer.linear.")),
+                                         (dict(channels=3, size=8, patch=2), ("x_embedder.", "final_layer.linear."))])
+def test_dit_keeps_its_own_layers_where_the_grid_the_patch_or_the_channels_differ(dit_file, capsys, sizes, kept):
     dit, theirs = DiT(**sizes, classes=3, **SMALL), dit_file[0].state_dict()
     before = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
     load_dit(dit_file[1], dit)
-    assert "first and last layer (4 channels, patch 2)" in capsys.readouterr().out
+    assert ("first and last layer (4 channels, patch 2)" in capsys.readouterr().out) == ("x_embedder." in kept)
     for name, tensor in dit.state_dict().items():
-        fresh = name.startswith(("x_embedder.", "final_layer.linear."))
         if name != "y_embedder.embedding_table.weight":
-            assert torch.equal(tensor, before[name] if fresh else theirs[name]), name
-
-
-def test_a_dit_of_another_width_or_depth_or_another_kind_of_file_is_one_line(dit_file, tmp_path):
-    torch.save({"lora_a": torch.zeros(1)}, tmp_path / "lora.pt")
-    for path, sizes, words in ((dit_file[1], dict(SMALL, width=64), r"size mismatch.*\b32\b.*\b64\b"),
-                               (dit_file[1], dict(SMALL, depth=1), r"Unexpected.*blocks\.1"),
-                               (tmp_path / "lora.pt", SMALL, "lora_a")):
-        with pytest.raises(SystemExit, match=re.escape(str(path)) + ".*" + words) as caught:
-            load_dit(path, DiT(channels=4, size=8, **sizes))
-        assert "\n" not in str(caught.value)
+            assert torch.equal(tensor, before[name] if name.startswith(kept) else theirs[name]), name

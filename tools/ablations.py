@@ -130,7 +130,7 @@ def tables(scores):
         for row, flags in rows.items():
             cells = [cell(values(flags, name), values(first, name), *MEASURES[name]) for name in MEASURES]
             lines.append(f"| {' | '.join([row, *cells, flags[2]])} |")
-    return "\n".join(lines)
+    return "\n".join(lines[1:])
 
 
 def main():
