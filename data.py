@@ -5,6 +5,7 @@ shapes, reading videos and pictures, data sets of videos, encodings (stage 1 wri
 batches, and writing videos and pictures. How a stage trains is in its own file.
 """
 
+import atexit
 import contextlib
 import csv
 import functools
@@ -152,7 +153,7 @@ def open_video(path):
                 raise BadVideo("no video stream that can be decoded")
             stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
             yield file, stream
-    except (av.error.FFmpegError, OSError, ValueError, OverflowError, StopIteration) as error:
+    except (av.error.FFmpegError, OSError, ValueError, OverflowError, IndexError, StopIteration) as error:
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
 
 
@@ -387,8 +388,7 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
     elif everything or len(rows) < 4:
         about += "; too few to keep one for testing: test clips are training clips" * (not everything)
     else:
-        share = min(1 / 50, 64 / len(rows))
-        kept = max(1, sum(int(digest(row[0])[:8], 16) < share * 2**32 for row in rows))
+        kept = max(1, sum(int(digest(row[0])[:8], 16) < min(1 / 50, 64 / len(rows)) * 2**32 for row in rows))
         rows, tests, about = sorted(tests[kept:]), tests[:kept], f"{about}; {kept} of them for testing"
     train, test = (Videos(root, part, classes, frames, size, stride, seed, about) for part in (rows, tests))
     return train, range(len(train)), test, range(len(test))
@@ -478,6 +478,7 @@ def batch_keys(indices, batch_size, seed, step, rank, world):
 
 def load(dataset, keys, workers):
     """Iterates over the batches of an iterable of lists of keys. workers: loader processes."""
+    atexit.register(lambda: [child.kill() for child in torch.multiprocessing.active_children()])  # deaf to SIGTERM
     return iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available()))
@@ -485,8 +486,7 @@ def load(dataset, keys, workers):
 
 def collate(items):
     """A batch of the items that are not None, or None."""
-    items = [item for item in items if item]
-    return torch.utils.data.default_collate(items) if items else None
+    return torch.utils.data.default_collate(items) if (items := [item for item in items if item]) else None
 
 
 def start_worker(_):

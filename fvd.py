@@ -240,7 +240,7 @@ class VideoSet(torch.utils.data.Dataset):
             if not fault:
                 self.about["size"] = list(clip.shape[1:3])
                 if os.path.isfile(path):
-                    with av.open(path) as file:
+                    with av.open(os.path.abspath(path), metadata_errors="replace") as file:  # as read_clip
                         self.about["codec"] = file.streams.best("video").codec_context.name
                 return
         raise SystemExit(f"no video in {folder} can be read and has {args.frames} --frames; the last: {fault}")
@@ -378,7 +378,7 @@ def main():
     flag, path = ("--clip", args.clip) if args.clipsim else ("--i3d", args.i3d)
     if not os.path.isfile(path) and path != "random":
         raise SystemExit(f"{flag} {path}: no such file; --help says where to download it")
-    args.size = args.size and [args.size[0], args.size[-1]]
+    args.size = args.size * 2 if args.size and len(args.size) == 1 else args.size
     args.rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")

@@ -73,8 +73,8 @@ def play(arguments, environment, outputs, folder, at, ignored):
     os.environ.update(environment)
     sys.argv = arguments
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of its own
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        signal.signal(number, signal.SIG_IGN if number in ignored else usual)  # also where the tests run under nohup
     for moment in at:
         strike(*moment)
     try:

@@ -72,6 +72,7 @@ def folders(tmp_path_factory):
             data.write_video(name, 255 - video, 8)
     os.rename(root / "real/Class0/v_0.mkv", root / "real/Class0/v_0.avi")
     (root / "real/Class1/broken.mp4").write_bytes(b"no video")
+    (root / "lossy/0.mp4").write_bytes((root / "lossy/0.mp4").read_bytes().replace(b"Lavf", b"\xe9avf"))  # not UTF-8
     return str(root / "REAL"), str(root / "FAKE"), root
 
 
