@@ -802,7 +802,7 @@ def read_checkpoint(path):
             fault = "it is a Git LFS pointer: run git lfs pull"
         elif head.lstrip().startswith(b"<"):
             fault = "it is an HTML page, not weights: download it again"
-        elif "operand" not in str(error) and ("Unsupported" in str(error) or "TorchScript" in str(error)):
+        elif "operand" not in str(error) and ("nsupported" in str(error) or "TorchScript" in str(error)):
             fault = "it holds other objects beside weights: take the .safetensors of the same model"
         raise SystemExit(f"{path}: {fault} ({' '.join(str(error).split())[:120]!a})") from None
     for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's

@@ -151,7 +151,7 @@ def open_video(path):
             stream = file.streams.best("video")
             if not stream or not stream.codec_context or stream.disposition & Disposition.attached_pic:  # a cover
                 raise BadVideo("no video stream that can be decoded")
-            stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+            stream.codec_context.thread_count, stream.codec_context.options = 1, {"max_pixels": str(2**26)}
             yield file, stream
     except (av.error.FFmpegError, OSError, ValueError, OverflowError, IndexError, StopIteration) as error:
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
