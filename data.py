@@ -136,9 +136,10 @@ class BadVideo(Exception):
 
 
 def find_videos(root):
-    """Sorted paths, relative to `root`, of the video files at any depth, told by their endings."""
-    return sorted(file for file in glob.glob("**/*", root_dir=root, recursive=True)
-                  if file.lower().endswith(VIDEO_ENDINGS))
+    """Sorted paths, relative to `root`, of the video files at any depth, told by their endings. Links may go round."""
+    files = sorted(glob.glob("**/*", root_dir=root, recursive=True), key=lambda file: -file.count(os.sep))
+    once = {os.path.realpath(os.path.join(root, file)): file for file in files if file.lower().endswith(VIDEO_ENDINGS)}
+    return sorted(once.values())
 
 
 @contextlib.contextmanager
@@ -271,7 +272,6 @@ class Videos(torch.utils.data.Dataset):
         return os.path.join(self.root, self.paths[index])
 
     def stamp(self, index):
-        """Bytes that change with the file's size and time of change."""
         stat = os.stat(self.path(index)) if os.path.exists(self.path(index)) else None
         return repr(stat and (stat.st_size, stat.st_mtime_ns)).encode()
 
@@ -388,7 +388,8 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
     elif everything or len(rows) < 4:
         about += "; too few to keep one for testing: test clips are training clips" * (not everything)
     else:
-        kept = max(1, sum(int(digest(row[0])[:8], 16) < min(1 / 50, 64 / len(rows)) * 2**32 for row in rows))
+        limit = max(min(1 / 50, 64 / len(rows)) * 2**32, int(digest(tests[0][0])[:8], 16) + 1)  # at least one video
+        kept = sum(int(digest(row[0])[:8], 16) < limit for row in rows)
         rows, tests, about = sorted(tests[kept:]), tests[:kept], f"{about}; {kept} of them for testing"
     train, test = (Videos(root, part, classes, frames, size, stride, seed, about) for part in (rows, tests))
     return train, range(len(train)), test, range(len(test))
@@ -507,8 +508,7 @@ def to_uint8(video):
 
 
 def tile(videos, columns, gap=2, colour=0):
-    """Equally large videos (see to_uint8) side by side, in rows of `columns`, `gap` pixels of grey level `colour`
-    apart: np.uint8 (L, H', W', 3)."""
+    """Equal videos side by side, `columns` in a row, `gap` pixels of grey level `colour` apart: uint8 (L, H, W, 3)."""
     videos = np.stack([to_uint8(video) for video in videos])  # (N, L, H, W, 3)
     pad = [(0, -len(videos) % columns), (0, 0), (0, gap), (0, gap), (0, 0)]
     videos = np.pad(videos, pad, constant_values=colour)

@@ -73,9 +73,8 @@ def test_each_clip_is_of_the_frames_and_the_video_it_should_be(script, videos, t
     words += f"--preset ucf101 --width 16 --depth 1 --heads 2 --content mean --loss mse --lr 0 --steps {2 * VIDEOS} "
     words += f"--batch-size 1 --log-every 1 --workers 0 --seed 2 --shard-size 5 --clips-per-video {several}"
     words += f" --split {videos / case}" * ("list" in case)
-    draw = f"sample.py --reconstruct --seed 2 --lossless --num 99 --out {tmp_path}/out"
-    for command in ("autoencoder.py " + words, draw):
-        done = script(*command.split(), "--run-dir", tmp_path / "run")
+    for line in ("autoencoder.py " + words, f"sample.py --reconstruct --seed 2 --lossless -n99 --out {tmp_path}/out"):
+        done = script(*line.split(), "--run-dir", tmp_path / "run")
         assert done.returncode == 0, done.stderr
     train, test = ([(*read(frame.permute(1, 2, 0) / 2 + 0.5), *about) for frame, *about in zip(content, *more)]
                    for content, _, *more in read_shards(tmp_path / "run"))

@@ -224,8 +224,7 @@ def test_samples_are_those_of_algorithm_1(run, script, tmp_path, flagged):
                 state[key][name] = torch.randn(w.shape) * (0.3 if stage == "autoencoder" else 0.1)
                 state[key][name] = state[key][name].abs() + 0.2 if name == "motion_std" else state[key][name]
         model.eval().load_state_dict(state[key])
-        if stage == "motion":
-            state |= {name: getattr(models["autoencoder"], name) for name in ("motion_mean", "motion_std")}
+        state |= {name: getattr(models["autoencoder"], name) for name in state if name in ("motion_mean", "motion_std")}
         torch.save(state, tmp_path / f"{stage}.pt")
     (tmp_path / "encodings").symlink_to(run.folder / "encodings")
     (tmp_path / "prompts").write_text("\n".join(prompts))

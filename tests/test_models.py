@@ -1,5 +1,4 @@
-"""Proves that the autoencoder, DiT and the motion model are the paper's: each is compared with its equations, written
-here clip by clip and token by token, on random weights, in double precision."""
+"""Proves that the autoencoder, DiT and the motion model equal their equations, written here token by token."""
 
 import math
 
