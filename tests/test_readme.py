@@ -94,7 +94,8 @@ def raw(path):
 
 
 STANDS_IN = {  # what a reader brings, and what makes a small one
-    "path/to/videos": class_folders, "UCF-101": class_folders, "webvid_val": captioned_clips,
+    "path/to/videos": class_folders, "UCF-101": class_folders, "out/atari": class_folders,
+    "webvid_val": captioned_clips,
     "webvid.csv": captioned_list, "webvid_val.csv": captioned_list, "vgg.pth": lpips_files,
     "prompts.txt": text("a red circle\na blue square\n"), "seen.txt": text("a red circle\na blue square\n"),
     "test_videodatainfo.json": text(json.dumps(dict(sentences=[
