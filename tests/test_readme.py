@@ -95,8 +95,7 @@ def raw(path):
 
 STANDS_IN = {  # what a reader brings, and what makes a small one
     "path/to/videos": class_folders, "UCF-101": class_folders, "out/atari": class_folders,
-    "webvid_val": captioned_clips,
-    "webvid.csv": captioned_list, "webvid_val.csv": captioned_list, "vgg.pth": lpips_files,
+    "webvid_val": captioned_clips, "webvid.csv": captioned_list, "webvid_val.csv": captioned_list, "vgg.pth": lpips_files,
     "prompts.txt": text("a red circle\na blue square\n"), "seen.txt": text("a red circle\na blue square\n"),
     "test_videodatainfo.json": text(json.dumps(dict(sentences=[
         dict(video_id=f"video{i // 2}", caption=f"a\n caption {i}") for i in range(6)]))),
