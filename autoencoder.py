@@ -62,7 +62,7 @@ class Attention(nn.Module):
         B, L, N, C = x.shape  # N = H' * W' locations
         # The axis attended over comes next to last, the others become batch and heads: over time (B, N*heads, L, d),
         # over space (B*L, heads, N, d). All views, no copies.
-        shape = (B, L, N * self.heads, C // self.heads) if self.over == "time" else (B * L, N, self.heads, -1)
+        shape = (B, L, N * self.heads, -1) if self.over == "time" else (B * L, N, self.heads, -1)
         q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(x.transpose(1, 2).reshape(B, L, N, C))
@@ -114,8 +114,7 @@ class Autoencoder(nn.Module):
     content     what the content frame is (table 4b): 'weights', learned; 'mean' of the frames; 'frame', the first one
     smooth      False: a weight for each pixel and channel, as in the paper. True: for each patch and channel, upsampled
                 bilinearly (see SHAPES below)
-    squash      True in pixel space: the output passes through 2 * sigmoid - 1
-    """
+    squash      True in pixel space: the output passes through 2 * sigmoid - 1"""
 
     def __init__(self, channels=4, frames=16, size=64, patch=2, width=384, motion_channels=8, depth=8, heads=8,
                  content="weights", smooth=False, squash=False):
@@ -134,7 +133,7 @@ class Autoencoder(nn.Module):
         self.encoder = TimeSformer(frames, self.grid, width, depth, heads)
         if content == "weights":
             self.to_logits = nn.Linear(width, channels if smooth else pixels)
-        self.to_rows = nn.Linear(width, motion_channels)  # 1x1 convolutions
+        self.to_rows = nn.Linear(width, motion_channels)  # in the paper 1x1 convolutions, the same
         self.to_columns = nn.Linear(width, motion_channels)
         self.embed_content = nn.Linear(pixels, width)
         self.embed_rows = nn.Linear(motion_channels, width)
@@ -163,7 +162,7 @@ class Autoencoder(nn.Module):
         return self.content_frame(video, u), motion.permute(0, 3, 1, 2)
 
     def content_frame(self, video, u):
-        """Equation 3: a weighted mean of the frames, with weights of its own at every pixel. (B, C, H, W)"""
+        """Equation 3: a weighted mean of the frames, with weights of its own at every pixel (or patch). (B, C, H, W)"""
         if self.content != "weights":
             return video.mean(2) if self.content == "mean" else video[:, :, 0]
         logits = self.to_logits(u)
@@ -178,16 +177,16 @@ class Autoencoder(nn.Module):
     def decode(self, content, motion):
         """content (B, C, H, W), motion (B, D, L, H'+W') -> video (B, C, L, H, W), within [-1, 1] where `squash`"""
         z_x, z_y = motion.permute(0, 2, 3, 1).split(self.grid, 2)  # (B, L, H', D), (B, L, W', D)
-        # Equation 5: v[l, h, w] = content[h, w] + z_x[l, h] + z_y[l, w]
+        # Equation 5: v[l, h, w] = E(content)[h, w] + E_x(z_x)[l, h] + E_y(z_y)[l, w], where each E is a linear layer
         v = self.embed_content(self.patches(content))[:, None]  # (B, 1, H', W', C')
         v = v + self.embed_rows(z_x)[:, :, :, None] + self.embed_columns(z_y)[:, :, None]  # (B, L, H', W', C')
         video = self.unpatches(self.to_frames(self.decoder(v)))  # Equation 6
         return 2 * video.float().sigmoid() - 1 if self.squash else video
 
-    def forward(self, video, noise=None):
+    def forward(self, video, noise=0):
         """The reconstruction of a clip (B, C, L, H, W). noise: added to the motion latent, for training."""
         content, motion = self.encode(video)
-        return self.decode(content, motion if noise is None else motion + noise)
+        return self.decode(content, motion + noise)
 
 
 def reconstruction_loss(output, video, kind, lpips=None, chosen=None):
@@ -208,10 +207,10 @@ PAPER = dict(  # table 5 and appendix B; the number of steps is ours, the paper 
     betas=[0.5, 0.9], batch_size=24, steps=500_000, decay=False, clips=0, clips_per_video=1, save_every=2000,
     preview_every=2000, log_every=50, workers=8,
 )
-# Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each token, upsampled, because with
-# one for each pixel so small a model hides information in the content frame as a fine periodic pattern (the README has
-# a picture); noise on the motion latent, so that the decoder tolerates small errors of the motion model; MSE, a higher
-# learning rate that decays, Adam's usual first beta: this training is short.
+# Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each patch, upsampled, because with
+# one for each pixel so small a model hides information in the content frame as a fine periodic pattern (a picture is in
+# docs/ABLATIONS.md); noise on the motion latent, so that the decoder tolerates small errors of the motion model; MSE, a
+# higher learning rate that decays, Adam's usual first beta: this training is short.
 SHAPES = dict(
     data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
     smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay=True,
@@ -229,7 +228,7 @@ PRESETS = {
 }
 
 
-# What --resume may change; --encode may change the data too. Of other --data, --resume compares the list of videos.
+# What --resume may change, of --data the path alone: the list of videos must be the same. --encode may change ENCODING.
 CHANGEABLE = set("run_dir resume encode data steps batch_size accumulate workers dtype compile checkpointing log_every "
                  "save_every preview_every".split())
 ENCODING = set("captions split stride seed clips clips_per_video shard_size".split())
@@ -257,7 +256,7 @@ def read_flags():
     add("--depth", type=int, help="blocks in the encoder and in the decoder")
     add("--heads", type=int, help="attention heads, each width / heads wide")
     add("--content", choices=["weights", "mean", "frame"], default="weights", help="what the content frame is (4b)")
-    add("--smooth", action=argparse.BooleanOptionalAction, help="content weights for each token, not for each pixel")
+    add("--smooth", action=argparse.BooleanOptionalAction, help="content weights for each patch, not for each pixel")
     add("--loss", choices=["mse", "l1"], help="squared or absolute error of the frames")
     add("--lpips", nargs=2, metavar=("VGG", "LPIPS"), help="add LPIPS: vgg16-397923af.pth, LPIPS's vgg.pth")
     add("--noise", type=float, help="standard deviation of the noise on the motion latent")
@@ -283,14 +282,14 @@ def read_flags():
     preset, encode = given.preset or "shapes", given.encode is not None
     run_dir, saved = given.run_dir or f"runs/{preset}", None
     path, source = f"{run_dir}/autoencoder.pt", given.encode or run_dir
-    if os.path.exists(path) and not given.resume and not (encode and source == run_dir):
-        raise SystemExit(f"{path} exists: --resume goes on with it, another --run-dir starts a new run")
+    if os.path.exists(path) and not (source == run_dir if encode else given.resume):
+        raise SystemExit(f"{path} exists: --resume without --encode goes on with it, another --run-dir is a new run")
     if encode or os.path.exists(path):
         saved = data.load_checkpoint(f"{source}/autoencoder.pt")
     parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
-    args = parser.parse_args()
+    args = parser.parse_args()  # again, with these as defaults; of channels and betas there are no flags
     args.run_dir, args.resume, args.encode, args.size = run_dir, given.resume, given.encode, (args.size * 2)[:2]
-    for name in vars(args).keys() - CHANGEABLE - (ENCODING if encode else set()) if saved else ():
+    for name in (saved["args"].keys() - CHANGEABLE - (ENCODING if encode else set())) if saved else ():
         if getattr(args, name) != saved["args"][name]:
             raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
@@ -309,28 +308,32 @@ def read_flags():
 # ---- Encoding the data set, and training ----------------------------------------------------------------------------
 
 @torch.no_grad()
-def encode_dataset(args, model, image, dataset, indices, tests, test, rank, world, device, autocast, stop):
+def encode_dataset(args, model, image, dataset, indices, test_set, rank, world, device, autocast, stop):
     """Encodes the data set into the run folder's shards, the ranks in turn, and sets the model's mean and deviation of
     the motion latents. Returns (identity, number of clips in each shard but the last, which is of test clips).
 
     The identity is a hash of all that the encodings depend on. A shard that has it is kept, so that an interrupted
     encoding goes on where it stopped."""
     model.eval()
-    dataset.replace = tests.replace = False  # an unusable clip is None
+    dataset.replace = test_set.replace = False  # an unusable clip is None
     if indices is None:
-        indices = range(args.clips)
+        indices = range(args.clips or 4000)
     elif args.clips and args.clips < len(indices):  # of all classes: the files are sorted by class
         order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(args.seed))
         indices = order[: args.clips].tolist()
     made_of = hashlib.sha256(b"".join(weight.detach().cpu().numpy().tobytes() for weight in model.parameters()))
     made_of.update(repr([args.content, args.smooth, args.size, args.stride, args.seed, args.clips_per_video,
-                         args.shard_size, dataset.identity, tests.identity]).encode())
-    for clips, chosen in ((dataset, indices), (tests, test)):
+                         args.shard_size, dataset.identity, test_set.identity]).encode())
+    for clips, chosen in ((dataset, indices), (test_set, range(len(test_set)))):
         for index in chosen:
             made_of.update(b"%d " % index + (clips.stamp(index) if hasattr(clips, "stamp") else b""))
-    identity, n, total = made_of.hexdigest()[:16], args.clips_per_video, len(indices) * args.clips_per_video
-    shards = [range(total)[i : i + args.shard_size] for i in range(0, total, args.shard_size)] + [range(len(test))[:64]]
-    size = max(1, min(args.batch_size // world, 32))  # no larger than in training, where it fits into memory
+    shared, n, total = [made_of.hexdigest()[:16]], args.clips_per_video, len(indices) * args.clips_per_video
+    if world > 1:  # rank 0's: copies of the videos on other disks have other dates
+        dist.broadcast_object_list(shared)
+    identity = shared[0]
+    shards = [range(total)[i : i + args.shard_size] for i in range(0, total, args.shard_size)]
+    shards += [range(len(test_set))[:64]]
+    size = max(1, min(args.batch_size // (world * args.accumulate), 32))  # no larger than in training, where it fits
     os.makedirs(f"{args.run_dir}/encodings", exist_ok=True)
     bar = tqdm(total=sum(map(len, shards[rank::world])), desc="encode", unit="clip", disable=rank > 0)
 
@@ -339,16 +342,16 @@ def encode_dataset(args, model, image, dataset, indices, tests, test, rank, worl
         if data.open_shard(args.run_dir, number)[2] == identity:
             bar.update(len(clips))
             return
-        keys = [(int(test[i]), 0) if last else (int(indices[i // n]), i % n) for i in clips]
+        keys = [(i, 0) if last else (int(indices[i // n]), i % n) for i in clips]
         batches, labels, captions = [keys[i : i + size] for i in range(0, len(keys), size)], [], []
         parts = [[torch.zeros(0, *shape, dtype=torch.float16) for shape in (model.content_shape, model.motion_shape)]]
-        for asked, batch in zip(batches, data.load(tests if last else dataset, batches, args.workers)):
+        for asked, batch in zip(batches, data.load(test_set if last else dataset, batches, args.workers)):
             if stop:
                 return
             bar.update(len(asked))
             if batch:
                 # Not under autocast: Stable Diffusion's latents should be as precise as in its own training.
-                frames = to_frames(data.to_floats(batch["video"].to(device, non_blocking=True)), image)
+                frames = from_pixels(data.to_floats(batch["video"].to(device, non_blocking=True)), image)
                 with autocast:
                     parts.append([latent.half().to("cpu", non_blocking=True) for latent in model.encode(frames)])
                 labels += batch["label"].tolist()
@@ -397,16 +400,16 @@ def psnr(a, b):
 
 
 @torch.no_grad()
-def evaluate(model, image, tests, test, picture, device, stop):
+def evaluate(model, image, test_set, number, picture, device, stop):
     """{psnr, psnr_of_mean_frame} in dB: of the reconstruction, and of repeating the mean frame. Writes a picture with a
     row for each of the first 8 clips: input, reconstruction, content frame."""
     model.eval()
-    ours, mean, strips = [], [], []
-    for index in test:
+    ours, mean, strips, test_set.replace = [], [], [], False  # an unusable clip is None
+    for item in filter(None, (test_set[index] for index in range(min(number, len(test_set))))):
         if stop:  # the checkpoint comes first: torchrun waits only 30 s
             break
-        video = data.to_floats(tests[int(index)]["video"][None].to(device))
-        content, motion = model.encode(to_frames(video, image))
+        video = data.to_floats(item["video"][None].to(device))
+        content, motion = model.encode(from_pixels(video, image))
         output = to_pixels(model.decode(content, motion), image)
         ours.append(psnr(output, video))
         mean.append(psnr(video.mean(2, keepdim=True).expand_as(video), video))
@@ -417,8 +420,8 @@ def evaluate(model, image, tests, test, picture, device, stop):
         return {}
     captions = ["input", "reconstruction", "content frame"] * (len(strips) // 3)
     data.write_sheet(picture, strips, columns=3, captions=captions, frames=4)
-    ours, mean = sum(ours) / len(ours), sum(mean) / len(mean)
-    tqdm.write(f"PSNR {ours:.1f} dB on {len(test)} test clips, repeating the mean frame {mean:.1f} dB")
+    ours, mean, count = sum(ours) / len(ours), sum(mean) / len(mean), len(ours)
+    tqdm.write(f"PSNR {ours:.1f} dB on {count} test clips, repeating the mean frame {mean:.1f} dB")
     return dict(psnr=ours, psnr_of_mean_frame=mean)
 
 
@@ -437,10 +440,6 @@ def main():
         torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN (pytorch issue 196678)
     if world > 1:
         dist.init_process_group()
-        found = [None] * world
-        dist.all_gather_object(found, saved and saved["step"])
-        if len(set(found)) > 1:
-            raise SystemExit(f"the ranks find different checkpoints in {run_dir}: it must be on a disk that they share")
     if args.batch_size % (world * args.accumulate):
         raise SystemExit(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
                          f"times --accumulate {args.accumulate}")
@@ -448,9 +447,15 @@ def main():
     autocast = torch.autocast(device.type, torch.bfloat16, half)
 
     # Data
-    dataset, indices, tests, test = data.open_dataset(args.data, args.frames, args.size, args.stride, args.split,
+    dataset, indices, test_set, _ = data.open_dataset(args.data, args.frames, args.size, args.stride, args.split,
                                                       args.captions, args.seed)
-    if saved and not encode and saved["videos"] != dataset.identity:
+    if world > 1:
+        found = [None] * world
+        dist.all_gather_object(found, (saved and saved["step"], dataset.identity))
+        if len(set(found)) > 1:
+            raise SystemExit(f"the ranks see different checkpoints in {run_dir}, or different videos in {args.data}")
+    videos = saved["videos"] if saved else dataset.identity
+    if saved and saved["step"] < args.steps and videos != dataset.identity:
         raise SystemExit(f"{path} was trained on other videos than those of {args.data}: give it those, encode the new "
                          "ones with --encode, or choose another --run-dir")
     first, fps = saved["step"] if saved else 0, dataset.frame_rate()
@@ -479,7 +484,7 @@ def main():
         model.load_state_dict(saved["model"])
         if saved.get("optimizer"):  # models that come with the code have none
             optimizer.load_state_dict(saved["optimizer"])
-        del saved  # which keeps its file on the disk when a new one takes its place
+        del saved  # it maps the old file, which would stay on the disk after a new one replaces it
     compiled = device.type == "cuda" and "shapes" not in args.preset if args.compile is None else args.compile
     if compiled:
         torch._dynamo.config.suppress_errors = True  # where compiling fails, go on without
@@ -491,9 +496,9 @@ def main():
     def save(step, identity=None, encodings=None):
         if rank == 0:
             torch.save(dict(
-                step=step, args=vars(args), config=config, classes=dataset.classes, fps=fps, videos=dataset.identity,
-                identity=identity, encodings=encodings, rows=rows, model=model.state_dict(), image_autoencoder=
-                image_weights, optimizer=optimizer.state_dict() if optimizer.state else None), f"{path}.tmp")
+                step=step, args=vars(args), config=config, classes=dataset.classes, fps=fps, videos=videos,
+                identity=identity, encodings=encodings, rows=rows, image_autoencoder=image_weights,
+                model=model.state_dict(), optimizer=optimizer.state_dict() if optimizer.state else None), f"{path}.tmp")
             os.replace(f"{path}.tmp", path)  # a kill at any moment leaves the old file or the new one, whole
 
     # Ctrl-C, SIGTERM or a closed terminal: save and end, all ranks after the same step. A second Ctrl-C ends at once.
@@ -523,11 +528,11 @@ def main():
         generator.manual_seed(args.seed * 1_000_003 + step)
         noise = args.noise * torch.randn(args.batch_size, *model.motion_shape, generator=generator, device=device)[mine]
         chosen = torch.randint(args.frames, (args.batch_size,), generator=generator, device=device)[mine]  # for LPIPS
-        video = to_frames(data.to_floats(next(clips)["video"].to(device, non_blocking=True)), image)
+        video = from_pixels(data.to_floats(next(clips)["video"].to(device, non_blocking=True)), image)
 
         loss = 0
         for part in parts:
-            reconstruct.require_backward_grad_sync = part is parts[-1]  # ranks exchange gradients once a step
+            reconstruct.require_backward_grad_sync = part is parts[-1]  # DDP exchanges gradients once a step
             with autocast:
                 output = reconstruct(video[part], noise[part])
             error = reconstruction_loss(output, video[part], args.loss, lpips, chosen[part]) / len(parts)
@@ -553,8 +558,8 @@ def main():
             dist.all_reduce(stopping)
         due, seconds = (done == last or done % args.preview_every == 0) and not stopping, time.perf_counter() - since
         if due and rank == 0:
-            picture = f"{run_dir}/previews/autoencoder-{done:06d}.png"
-            scores = evaluate(model, image, tests, test[: 240 if done == last else 32], picture, device, stop)
+            picture, number = f"{run_dir}/previews/autoencoder-{done:06d}.png", 240 if done == last else 32
+            scores = evaluate(model, image, test_set, number, picture, device, stop)
         if due or done % args.log_every == 0:
             average = torch.stack(losses or [loss * math.nan]).mean() / world
             if world > 1:
@@ -579,7 +584,7 @@ def main():
             sys.exit(130)
     if encode:
         save(last)  # marks the encodings as incomplete, and keeps the flags for the next --encode
-    save(last, *encode_dataset(args, model, image, dataset, indices, tests, test, rank, world, device, autocast, stop))
+    save(last, *encode_dataset(args, model, image, dataset, indices, test_set, rank, world, device, autocast, stop))
     if world > 1:
         dist.destroy_process_group()
 
@@ -714,7 +719,7 @@ def open_image_autoencoder(tensors, device, what="the run folder's image autoenc
     return model.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
 
 
-def to_frames(video, image):
+def from_pixels(video, image):
     """Clips (B, 3, L, H, W) as the video autoencoder takes them: latents (B, 4, L, H/factor, W/factor) with `image`."""
     if image is None:
         return video

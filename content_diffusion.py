@@ -35,7 +35,7 @@ from autoencoder import find_part, load_autoencoder, load_weights, read_checkpoi
 
 # ---- Diffusion: noising, loss and samplers --------------------------------------------------------------------------
 
-class Diffusion:
+class Diffusion(nn.Module):
     """A model learns to remove noise. Training mixes a clean x with Gaussian noise eps, x_t = sqrt(abar_t) x +
     sqrt(1 - abar_t) eps, and the model guesses eps (or x) from x_t and t. abar_t falls from almost 1 at t = 0, clean,
     to almost 0 at t = 999, noise. Sampling starts from noise at t = 999 and removes a little of it in each step.
@@ -46,28 +46,25 @@ class Diffusion:
               which a small model learns faster"""
 
     def __init__(self, schedule="linear", predict="eps"):
+        super().__init__()
         start, end, power = (1e-4, 0.02, 1) if schedule == "linear" else (0.00085**0.5, 0.012**0.5, 2)
         beta = torch.linspace(start, end, 1000, dtype=torch.float64) ** power
-        self.abar = (1 - beta).cumprod(0).float()  # (1000,)
+        self.register_buffer("abar", (1 - beta).cumprod(0).float())  # (1000,)
         self.predict = predict
 
-    def to(self, device):
-        self.abar = self.abar.to(device)
-        return self
-
     def scales(self, t, x):
-        """sqrt(abar_t), sqrt(1 - abar_t) for timesteps (B,), to multiply x (B, ...) with."""
+        """a = sqrt(abar_t), s = sqrt(1 - abar_t) for timesteps (B,), to multiply x (B, ...) with."""
         abar = self.abar[t].view(-1, *[1] * (x.ndim - 1))
         return abar.sqrt(), (1 - abar).sqrt()
 
     def loss(self, model, x, t, eps):
         """Equations 7 and 8, the mean squared error of model(x_t, t). x, eps (B, ...), t (B,) in 0..999 -> a number."""
-        signal, noise = self.scales(t, x)
-        output = model(signal * x + noise * eps, t).float()
+        a, s = self.scales(t, x)
+        output = model(a * x + s * eps, t).float()
         if self.predict == "x":
-            # Divided by the noise, the error of x is that of v. At least 0.5, or nearly clean inputs would dominate.
-            return ((output - x) / noise.clamp_min(0.5)).square().mean()
-        target = eps if self.predict == "eps" else signal * eps - noise * x
+            # Divided by s, the error of x is that of v. By at least 0.5, or nearly clean inputs would dominate.
+            return ((output - x) / s.clamp_min(0.5)).square().mean()
+        target = eps if self.predict == "eps" else a * eps - s * x
         return (output - target).square().mean()
 
     @torch.no_grad()
@@ -85,12 +82,12 @@ class Diffusion:
 
     def estimates(self, output, x_t, t):
         """The model's output for x_t -> its estimates of the clean x and of the noise eps, both (B, ...)."""
-        signal, noise = self.scales(t, x_t)
+        a, s = self.scales(t, x_t)
         if self.predict == "x":
-            return output, (x_t - signal * output) / noise
+            return output, (x_t - a * output) / s
         if self.predict == "v":
-            return signal * x_t - noise * output, signal * output + noise * x_t
-        return (x_t - noise * output) / signal, output
+            return a * x_t - s * output, a * output + s * x_t
+        return (x_t - s * output) / a, output
 
 
 def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None, progress=iter):
@@ -98,8 +95,7 @@ def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None,
 
     denoise(x_t, t) returns what the model predicts for timesteps t (B,). eta: 0 adds no noise, so the same start gives
     the same sample; 1 adds as much in each step as the original sampler (DDPM), from `generators`, one for each.
-    bounds: the (low, high) between which the clean x lies. progress wraps the list of steps, as tqdm does.
-    """
+    bounds: the (low, high) between which the clean x lies. progress wraps the list of steps, as tqdm does."""
     times = torch.linspace(999, 0, steps).round().long().tolist()
     abars = diffusion.abar[times]
     for now, abar, after in progress(list(zip(times, abars, [*abars[1:], torch.ones_like(abars[0])]))):
@@ -145,7 +141,7 @@ def sincos_positions(rows, columns, width):
 
 
 def timestep_embedding(t, width):
-    """t (B,) -> (B, width): cosines then sines at frequencies from 1 down to 1/10000, of DiT and Stable Diffusion."""
+    """t (B,) -> (B, width): cosines, then sines, at frequencies from 1 down to almost 1/10000."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angle = t[:, None].float() * frequencies
     return torch.cat([angle.cos(), angle.sin()], 1)
@@ -308,7 +304,7 @@ def read_flags():
     parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
     args = parser.parse_args()
     args.run_dir, args.resume = run_dir, given.resume
-    for name in vars(args).keys() - CHANGEABLE if saved else ():
+    for name in (saved["args"].keys() - CHANGEABLE) if saved else ():
         if getattr(args, name) != saved["args"][name]:
             raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
@@ -351,16 +347,15 @@ def preview(args, step, ema, diffusion, condition_of, dataset, device, autocast)
     number = 4 if image else 16
     batch = dict(label=torch.arange(number) % ema.classes if hasattr(ema, "classes") else None,
                  caption=[dataset[i % len(dataset)]["caption"] for i in range(number)])
-    condition = condition_of(batch, torch.zeros(number, dtype=torch.bool, device=device))
+    condition = condition_of(batch)
     noise = torch.randn(number, *dataset.content_shape, generator=torch.Generator().manual_seed(0)).to(device)
     with autocast:
         frames = ddim(lambda x, t: ema(x, t, condition), noise, diffusion, steps=25)
     pictures = list(to_pixels(frames[:, :, None], image).cpu())
     data.write_sheet(f"{args.run_dir}/previews/content-{step:06d}.png", pictures, columns=8)
     test = dataset.test_clips()
-    condition = condition_of(test, torch.zeros(len(test["label"]), dtype=torch.bool, device=device))
     with autocast:
-        return diffusion.test_loss(ema, test["content"].to(device), condition)
+        return diffusion.test_loss(ema, test["content"].to(device), condition_of(test))
 
 
 def main():
@@ -418,7 +413,7 @@ def main():
         model.compile(dynamic=False)
     predict = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
 
-    def condition_of(batch, dropped):
+    def condition_of(batch, dropped=torch.zeros(1, dtype=torch.bool, device=device)):
         """Labels (B,) or text (B, 77, width), with 'nothing' where dropped (B,) is true."""
         if text_encoder is None:
             return torch.where(dropped, model.classes, batch["label"].to(device, non_blocking=True))
@@ -429,7 +424,7 @@ def main():
     def save(step):
         if rank == 0:
             torch.save(dict(
-                step=step, args=vars(args), config=config, classes=classes, shape=list(shape), rows=rows,
+                step=step, args=vars(args), config=config, shape=list(shape), rows=rows,
                 identity=stage1["identity"], model=model.state_dict(), ema=ema.state_dict(),
                 text_encoder=text_encoder and text_encoder.state(), optimizer=optimizer.state_dict()), f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
@@ -466,7 +461,7 @@ def main():
 
         loss = 0
         for part in parts:
-            predict.require_backward_grad_sync = part is parts[-1]  # ranks exchange gradients once a step
+            predict.require_backward_grad_sync = part is parts[-1]  # DDP exchanges gradients once a step
             with autocast:
                 error = diffusion.loss(lambda x, t: predict(x, t, condition[part]), content[part], t[part], eps[part])
             (error / len(parts)).backward()

@@ -1,8 +1,8 @@
 """The data loader that the scripts share: where clips come from, and where they go.
 
-A clip is a float tensor (3, L, H, W) in [-1, 1]: L frames of H x W pixels, RGB. In this order: the embedded moving
-shapes, reading videos and pictures, data sets of videos, encodings (stage 1 writes them, stages 2 and 3 read them),
-batches, and writing videos and pictures. How a stage trains is in its own file.
+A clip is L frames of H x W pixels, RGB: float (3, L, H, W) in [-1, 1], or, read from a file, uint8 (L, H, W, 3) (see
+to_floats). In this order: the embedded moving shapes, reading videos and pictures, data sets of videos, encodings
+(stage 1 writes them, stages 2 and 3 read them), batches, writing. How a stage trains is in its own file.
 """
 
 import atexit
@@ -44,8 +44,8 @@ def digest(*values):
 
 # ---- Moving shapes: the embedded data sets --------------------------------------------------------------------------
 
-DISTANCE = {  # from pixels at (x, y) to a shape's edge, negative inside. All have the same area, 2 reach^2: guidance
-    # (see sample.py) exaggerates differences, and would make smaller shapes faint.
+DISTANCE = {  # about how far (x, y), in pixels from the centre, is outside a shape's edge. reach: its size. All have
+    # the same area, 2 reach^2: guidance (see sample.py) exaggerates differences, and would make smaller shapes faint.
     "circle": lambda x, y, reach: np.hypot(x, y) - (2 / np.pi) ** 0.5 * reach,
     "square": lambda x, y, reach: np.maximum(np.abs(x), np.abs(y)) - 0.5**0.5 * reach,
     "triangle": lambda x, y, reach: np.maximum((2 * np.abs(x) - (y + reach)) / 5**0.5, y - reach),  # point up
@@ -64,8 +64,8 @@ def caption_of(colour, shape, move=None):
 
 
 class MovingShapes(torch.utils.data.Dataset):
-    """One shape moves in one direction over a dark background: 12 classes, made on the fly. Clip i depends on (seed,
-    split, i) alone. `train` is endless (its length is nominal), `test` is a fixed set of other clips. captioned: for
+    """One shape moves in one direction over a dark background: 12 classes, made on the fly. A clip depends on (seed,
+    split, key) alone. `train` is endless (its length is nominal), `test` is a fixed set of other clips. captioned: for
     text to video: no classes, no pairs of colour and shape in HELD_OUT, and a third of the captions in `train` leave
     the motion out, so that one content frame has several motions."""
 
@@ -103,8 +103,8 @@ def draw_clip(rng, shape, colour, move, frames, size):
     (3, L, H, W) in [-1, 1]."""
     height, width = size
     y, x = np.ogrid[0.5:height, 0.5:width]  # pixel centres
-    # The background: two colours blended along a random direction, darker than every shape: of darker and brighter ones
-    # a content model that is trained for minutes would generate the mean.
+    # The background: two colours blended along a random direction, darker than every shape. If some were brighter, a
+    # content model that is trained for minutes would generate the mean of both kinds.
     angle = rng.uniform(0, 2 * np.pi)
     ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle) + 0.5
     first, second = rng.uniform(0.15, 0.4, (2, 1)) + rng.uniform(-0.08, 0.08, (2, 3))
@@ -136,10 +136,11 @@ class BadVideo(Exception):
 
 
 def find_videos(root):
-    """Sorted paths, relative to `root`, of the video files at any depth, told by their endings. Links may go round."""
-    files = sorted(glob.glob("**/*", root_dir=root, recursive=True), key=lambda file: -file.count(os.sep))
-    once = {os.path.realpath(os.path.join(root, file)): file for file in files if file.lower().endswith(VIDEO_ENDINGS)}
-    return sorted(once.values())
+    """Sorted paths in `root` of its video files, at any depth. Of several (links) the one without, or the shortest."""
+    files = [file for file in glob.glob("**/*", root_dir=root, recursive=True) if file.lower().endswith(VIDEO_ENDINGS)]
+    real, top = {file: os.path.realpath(os.path.join(root, file)) for file in files}, os.path.realpath(root)
+    files.sort(key=lambda file: (real[file] == os.path.join(top, file), -file.count(os.sep), file))
+    return sorted({real[file]: file for file in files}.values())  # the last counts
 
 
 @contextlib.contextmanager
@@ -158,10 +159,10 @@ def open_video(path):
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
 
 
-def decode(path, span, place):
-    """Yields (frame, width of its pixels in their height) from the start of a clip of `span` frames on: place 0 is the
-    first start, 1 the last. Times are only used to seek, and only in files that store when each frame is shown (.mp4,
-    .mkv and their kin); headers often have a wrong number of frames, so coded frames are counted."""
+def decode(path, span, fraction):
+    """Yields (frame, its pixels' aspect ratio) from the start of a clip of `span` frames on; fraction, from 0 to below
+    1, chooses among all starts. Times are only used to seek, and only in files that store when each frame is shown
+    (.mp4, .mkv and their kin); headers often have a wrong number of frames, so coded frames are counted."""
     with open_video(path) as (file, stream):
         index, start = [entry for entry in stream.index_entries if not entry.is_discard], None  # discarded: edit lists
         indexed = file.format.name.startswith("mov") and len(stream.index_entries) == stream.frames > 0
@@ -169,8 +170,8 @@ def decode(path, span, place):
         times = [] if indexed else [packet.pts for packet in packets]
         if (count := len(index if indexed else times)) < span:
             raise BadVideo(f"too short: has {count} frame{'s' * (count != 1)}, {span} needed")
-        first = int(place * (count - span + 1))
-        if indexed:  # a large .mp4 is not read through: frames lie at most 16 places from where they are shown
+        first = int(fraction * (count - span + 1))
+        if indexed:  # a large .mp4 is not read through. Frames are stored at most 16 places from where they are shown
             file.seek(index[max(0, first - 16)].timestamp, stream=stream)
             head = next(packets)
             ahead = first - [entry.timestamp for entry in index].index(head.dts)
@@ -196,9 +197,9 @@ def read_clip(path, frames, size=None, stride=1, rng=None):
     file's size. rng: a numpy Generator that chooses the start, uniformly among those that leave room for the clip; None
     starts at the first frame. Rotated videos come out upright, oblong pixels square. BadVideo: damaged or too short."""
     span = (frames - 1) * stride + 1
-    for place in [rng.random(), 0.0] if rng else [0.0]:  # where a file is damaged, its first frames may be whole
+    for fraction in [rng.random(), 0.0] if rng else [0.0]:  # where a file is damaged, its first frames may be whole
         try:
-            scaler, chosen = VideoReformatter(), itertools.islice(decode(path, span, place), 0, span, stride)
+            scaler, chosen = VideoReformatter(), itertools.islice(decode(path, span, fraction), 0, span, stride)
             clip = [resize(frame, oblong, size, scaler) for frame, oblong in chosen]
             if len(clip) < frames:
                 raise BadVideo(f"damaged: only {len(clip)} of {frames} frames can be decoded")
@@ -246,9 +247,9 @@ def to_floats(video):
 
 class Videos(torch.utils.data.Dataset):
     """Clips of video files. Items: dict(video uint8 (L, H, W, 3), label int, caption str). A key is an index, or
-    (index, number), where number says which of the video's random clips; the same key and seed give the same clip
-    anywhere. An unusable file is named on stderr once, and another, chosen by the same numbers, takes its place; with
-    replace = False the item is None. rows: (path in `root`, label, caption) each."""
+    (index, number), where number, the epoch in training, says which of the video's random clips; the same key and seed
+    give the same clip anywhere. An unusable file is named on stderr once, and another, chosen by the same numbers,
+    takes its place; with replace = False the item is None. rows: (path in `root`, label, caption) each."""
 
     replace = True
 
@@ -344,7 +345,7 @@ def csv_rows(path):
     """The same of a CSV with the columns path, caption or WebVid's videoid, page_dir, name."""
     rows, bad, reader = [], [], csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
-        webvid, columns = "videoid" in (reader.fieldnames or ()), set(reader.fieldnames or ())
+        webvid = "videoid" in (columns := set(reader.fieldnames or ()))
         if not columns >= ({"videoid", "page_dir", "name"} if webvid else {"path", "caption"}):
             raise SystemExit(f"{path}: needs the columns path, caption or videoid, page_dir, name; has {columns}")
         for row in reader:
@@ -382,15 +383,15 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
     rows, classes, about = csv_rows(captions or data) if listed else folder_rows(data, split)
     about = (f"{data}: {len(rows)} videos, {len(classes) or 'no'} classes "
              f"{', '.join(classes[:3])}{', ...' * (len(classes) > 3)}{about}")
-    tests, other = sorted(rows, key=lambda row: digest(row[0])), split and split.replace("trainlist", "testlist")
+    hashed, other = sorted(rows, key=lambda row: digest(row[0])), split and split.replace("trainlist", "testlist")
     if split != other and os.path.exists(other):
         tests = sorted(folder_rows(data, other)[0], key=lambda row: digest(row[0]))
     elif everything or len(rows) < 4:
-        about += "; too few to keep one for testing: test clips are training clips" * (not everything)
+        tests, about = hashed, about + "; too few to keep one for testing: training clips are used" * (not everything)
     else:
-        limit = max(min(1 / 50, 64 / len(rows)) * 2**32, int(digest(tests[0][0])[:8], 16) + 1)  # at least one video
+        limit = max(min(1 / 50, 64 / len(rows)) * 2**32, int(digest(hashed[0][0])[:8], 16) + 1)  # at least one video
         kept = sum(int(digest(row[0])[:8], 16) < limit for row in rows)
-        rows, tests, about = sorted(tests[kept:]), tests[:kept], f"{about}; {kept} of them for testing"
+        rows, tests, about = sorted(hashed[kept:]), hashed[:kept], f"{about}; {kept} of them for testing"
     train, test = (Videos(root, part, classes, frames, size, stride, seed, about) for part in (rows, tests))
     return train, range(len(train)), test, range(len(test))
 
@@ -400,7 +401,6 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
 #   content float16 (N, C, H, W), motion float16 (N, D, L, H'+W') as the autoencoder gives it, label int64 (N,),
 #   sums float64 (2, D), of the motion and of its square, by channel; metadata: captions, a JSON list, and identity, a
 #   hash of the autoencoder, the clips and the flags they were made with
-
 
 def write_shard(run_dir, number, identity, content, motion, labels, captions):
     """Writes a shard whole or not at all."""
@@ -413,7 +413,7 @@ def write_shard(run_dir, number, identity, content, motion, labels, captions):
 
 @functools.lru_cache(maxsize=128)
 def open_shard(run_dir, number):
-    """(open safetensors file, memory-mapped, captions, identity), three times None where there is no such shard."""
+    """(memory-mapped safetensors file, captions, identity), or three times None where there is no such shard."""
     if not os.path.exists(path := f"{run_dir}/encodings/shard-{number:05d}.safetensors"):
         return None, None, None
     shard = safe_open(path, "pt")
@@ -465,21 +465,21 @@ def batch_keys(indices, batch_size, seed, step, rank, world):
     of an endless sequence, of which each rank takes its share; position p is clip p mod n of the shuffle of epoch p div
     n. So training that is resumed, on any number of ranks, goes on at the very next clip. indices: of the clips to use;
     None for an endless data set, whose every position is a clip."""
-    share, shuffled = batch_size // world, {}
+    share, now = batch_size // world, None
     for first in itertools.count(step * batch_size + rank * share, batch_size):
         keys = []
         for position in range(first, first + share):
             epoch, place = divmod(position, len(indices)) if indices else (0, position)
-            if indices and epoch not in shuffled:
-                order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-                shuffled = {epoch - 1: shuffled.get(epoch - 1), epoch: order}  # a batch may lie across two epochs
-            keys.append((indices[shuffled[epoch][place]] if indices else place, epoch))
+            if indices and epoch != now:  # also within a batch
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                now, order = epoch, torch.randperm(len(indices), generator=generator)
+            keys.append((indices[order[place]] if indices else place, epoch))
         yield keys
 
 
 def load(dataset, keys, workers):
     """Iterates over the batches of an iterable of lists of keys. workers: loader processes."""
-    atexit.register(lambda: [child.kill() for child in torch.multiprocessing.active_children()])  # deaf to SIGTERM
+    atexit.register(lambda: [child.kill() for child in torch.multiprocessing.active_children()])  # see start_worker
     return iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available()))

@@ -227,8 +227,9 @@ class VideoSet(torch.utils.data.Dataset):
         files = [file for file in files if not file.lower().endswith(".gif")] or files  # beside videos: of the same
         paths = {os.path.splitext(file)[0]: os.path.join(folder, file) for file in files}
         if not paths:
-            folders = [path[:-1] for path in glob.glob("**/", root_dir=folder, recursive=True)]
-            paths = {path: os.path.join(folder, path) for path in folders if list_images(os.path.join(folder, path))}
+            folders = sorted(glob.glob("**/", root_dir=folder, recursive=True), key=len, reverse=True)
+            once = {os.path.realpath(os.path.join(folder, path)): path[:-1] for path in folders}  # links may go round
+            paths = {path: os.path.join(folder, path) for real, path in once.items() if list_images(real)}
         if not paths:
             what = "the frames of one video" if list_images(folder) else "no videos and no folders of frames"
             raise SystemExit(f"{folder} holds {what}: give a folder of videos, or of a folder of frames for each video")

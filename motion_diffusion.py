@@ -34,7 +34,7 @@ from content_diffusion import DIT_SIZES, Diffusion, ddim, load_text_encoder, ope
 # ---- The motion model. Its blocks are DiT's of stage 2, written out again: the whole model is in one place -----------
 
 def timestep_embedding(t):
-    """t (B,) in 0..999 -> (B, 256): cosines, then sines, at frequencies from 1 down to 1/10000."""
+    """t (B,) in 0..999 -> (B, 256): cosines, then sines, at frequencies from 1 down to almost 1/10000."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
     angle = t[:, None].float() * frequencies
     return torch.cat([angle.cos(), angle.sin()], 1)
@@ -42,7 +42,7 @@ def timestep_embedding(t):
 
 class Block(nn.Module):
     """A transformer block that the condition c shifts, scales and gates (AdaLN): x (B, N, width), c (B, width) -> x's
-    shape. The gates start at 0, so that it is the identity at first."""
+    shape. MotionDiT sets the gates to 0 at first, so that a new block is the identity."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -84,7 +84,7 @@ class MotionDiT(nn.Module):
                              "choose another --content-patch")
         self.motion_channels, self.frames, self.columns, self.patch = motion_channels, frames, columns, patch
         self.classes, self.text, self.checkpointing = classes, text, False
-        self.grid = (-(-frames // patch), -(-columns // patch))  # of motion tokens: time, then rows and columns
+        self.grid = (-(-frames // patch), -(-columns // patch))  # of motion tokens, rounded up: time, rows and columns
         self.motion_embedder = nn.Conv2d(motion_channels, width, patch, patch)
         self.content_embedder = nn.Conv2d(channels, width, content_patch, content_patch)
         content_grid = height // content_patch, wide // content_patch
@@ -111,7 +111,7 @@ class MotionDiT(nn.Module):
         padding = (0, columns * self.patch - self.columns, 0, rows * self.patch - self.frames)
         z = self.motion_embedder(F.pad(motion, padding)).flatten(2).transpose(1, 2)  # (B, N, width)
         frame = self.content_embedder(content).flatten(2).transpose(1, 2)  # (B, M, width)
-        # The content frame's tokens after the motion's, which their embedder alone tells apart: (B, N + M, width)
+        # The content frame's tokens come last. Positions of both begin at 0: their embedders differ. (B, N + M, width)
         x = torch.cat([z + self.motion_positions, frame + self.content_positions], 1)
         c = self.t_embedder(timestep_embedding(t).to(self.out.weight.dtype)) + self.c_embedder(condition)  # (B, width)
         for block in self.blocks:
@@ -194,7 +194,7 @@ def read_flags():
     parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
     args = parser.parse_args()
     args.run_dir, args.resume = run_dir, given.resume
-    for name in vars(args).keys() - CHANGEABLE if saved else ():
+    for name in (saved["args"].keys() - CHANGEABLE) if saved else ():
         if getattr(args, name) != saved["args"][name]:
             raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
@@ -218,7 +218,8 @@ def load_motion(run_dir, state=None):
 
 def new_model(args, motion_shape, content_shape, classes):
     """(config, MotionDiT, TextEncoder or None) to train, by the flags and the encodings."""
-    text_encoder, (D, L, columns), (C, *size) = args.text and load_text_encoder(args.text), motion_shape, content_shape
+    text_encoder = args.text and load_text_encoder(args.text)
+    (D, L, columns), (C, *size) = motion_shape, content_shape
     config = dict(motion_channels=D, frames=L, columns=columns, channels=C, size=size, patch=args.patch,
                   content_patch=args.content_patch, classes=max(1, len(classes)),
                   text=text_encoder and text_encoder.width, **DIT_SIZES[args.model])
@@ -232,17 +233,16 @@ def preview(args, step, ema, diffusion, condition_of, dataset, mean, std, autoca
     autoencoder, image, _ = load_autoencoder(args.run_dir, device)
     batch = torch.utils.data.default_collate([dataset[i] for i in range(min(4 if image else 8, len(dataset)))])
     content = batch["content"].to(device)
-    condition = condition_of(batch, torch.zeros(len(content), dtype=torch.bool, device=device))
+    condition = condition_of(batch)
     noise = torch.randn(len(content), *dataset.motion_shape, generator=torch.Generator().manual_seed(0)).to(device)
     with autocast:
         motion = ddim(lambda x, t: ema(x, t, content, condition), noise, diffusion, steps=25)
     videos = to_pixels(autoencoder.decode(content, (motion * std + mean).clamp(-1, 1)), image)
     data.write_sheet(f"{args.run_dir}/previews/motion-{step:06d}.png", list(videos.cpu()), 1, batch["caption"])
     test = dataset.test_clips()
-    condition = condition_of(test, torch.zeros(len(test["label"]), dtype=torch.bool, device=device))
     motion = (test["motion"].to(device) - mean) / std
     with autocast:
-        return diffusion.test_loss(ema, motion, test["content"].to(device), condition)
+        return diffusion.test_loss(ema, motion, test["content"].to(device), condition_of(test))
 
 
 def main():
@@ -301,8 +301,8 @@ def main():
         model.compile(dynamic=False)
     predict = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else model
 
-    def condition_of(batch, dropped):
-        """Labels (B,) or text features (B, width), with 'nothing' where dropped (B,) is true."""
+    def condition_of(batch, dropped=torch.zeros(1, dtype=torch.bool, device=device)):
+        """Labels (B,) or text features (B, text), with 'nothing' where dropped (B,) is true."""
         if text_encoder is None:
             return torch.where(dropped, model.classes, batch["label"].to(device, non_blocking=True))
         with torch.no_grad():  # the mean over the tokens, as in the authors' release
@@ -312,7 +312,7 @@ def main():
     def save(step):
         if rank == 0:
             torch.save(dict(
-                step=step, args=vars(args), config=config, classes=classes, shape=list(shape), rows=rows,
+                step=step, args=vars(args), config=config, shape=list(shape), rows=rows,
                 identity=stage1["identity"], motion_mean=mean.cpu(), motion_std=std.cpu(),
                 model=model.state_dict(), ema=ema.state_dict(),
                 text_encoder=text_encoder and text_encoder.state(), optimizer=optimizer.state_dict()), f"{path}.tmp")
@@ -351,7 +351,7 @@ def main():
 
         loss = 0
         for part in parts:
-            predict.require_backward_grad_sync = part is parts[-1]  # ranks exchange gradients once a step
+            predict.require_backward_grad_sync = part is parts[-1]  # DDP exchanges gradients once a step
             with autocast:
                 error = diffusion.loss(lambda x, t: predict(x, t, content[part], condition[part]),
                                        motion[part], t[part], eps[part])

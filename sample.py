@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from autoencoder import load_autoencoder, to_frames, to_pixels
+from autoencoder import from_pixels, load_autoencoder, to_pixels
 from content_diffusion import ddim, guided, load_content
 from motion_diffusion import load_motion
 
@@ -183,7 +183,7 @@ def read_wishes(args, with_text, classes):
     return wishes, [names[label] for label in wishes]
 
 
-def open_real(args, trained, classes):
+def open_real(args, trained, classes, with_text):
     """(data set, indices of the clips to take, frames per second, class numbers of the run by the data set's)."""
     split, listed = (getattr(args, name) or (None if args.data else trained[name]) for name in ("split", "captions"))
     everything = bool(args.data or args.split)
@@ -193,7 +193,7 @@ def open_real(args, trained, classes):
     if everything and indices is not None:
         tests, test = train, np.random.default_rng(args.seed).permutation(len(train)).tolist()
     names, own = tests.classes or ["video"], classes or ["video"]
-    if args.predict_motion and set(names) - set(own):
+    if args.predict_motion and not with_text and set(names) - set(own):
         raise SystemExit(f"{args.run_dir} was trained on {', '.join(own[:12])}; it does not know the classes "
                          f"{', '.join(sorted(set(names) - set(own))[:12])}")
     if len(test) < (args.num or 0):
@@ -217,11 +217,13 @@ def main():
     sampler = Sampler(args, device, dtype)
     trained, fps, real, picture = sampler.state["args"], sampler.state["fps"], None, None
 
+    with_text = bool(sampler.motion and sampler.motion.text)
+    if sampler.content and with_text != bool(sampler.content.text):
+        raise SystemExit(f"of {args.run_dir}/content.pt and motion.pt one takes prompts, the other classes")
     if args.reconstruct or args.predict_motion:
-        real, wishes, speed, numbers = open_real(args, trained, sampler.state["classes"])
+        real, wishes, speed, numbers = open_real(args, trained, sampler.state["classes"], with_text)
         captions, fps = {}, speed if args.data else fps
     else:
-        with_text = any(stage and stage.text for stage in (sampler.content, sampler.motion))
         wishes, names = read_wishes(args, with_text, sampler.state["classes"])
         captions = dict(enumerate(names))
     if args.image:
@@ -229,25 +231,24 @@ def main():
             picture = data.to_floats(torch.from_numpy(data.read_picture(args.image, trained["size"]))[None, None])
         except data.BadVideo as error:
             raise SystemExit(f"--image {args.image} cannot be read as a picture: {error}") from None
-        picture = to_frames(picture.to(device), sampler.image)[:, :, 0]
+        picture = from_pixels(picture.to(device), sampler.image)[:, :, 0]
 
     folder, number = args.out or ("samples" if "pretrained" in args.run_dir else f"{args.run_dir}/samples"), 1
     while rank == 0 and args.out is None and os.path.exists(folder + f"-{number}" * (number > 1)):
         number += 1
     shared = [folder + f"-{number}" * (number > 1)]
-    if world > 1:
-        dist.broadcast_object_list(shared)
-    folder, ending, args.fps = shared[0], "mkv" if args.lossless else "mp4", args.fps or fps
-    fake = f"{folder}/fake" if real else folder
     if rank == 0:
-        os.makedirs(folder, exist_ok=True)
-        if os.listdir(folder):
-            raise SystemExit(f"--out {folder} is not an empty folder: choose another")
-        open(f"{folder}/captions.txt", "w").close()  # where nothing can be written, end now
-        print(f"{len(wishes)} clips from {args.run_dir} into {folder}; {device}{', compiled' * sampler.compiled}")
+        os.makedirs(shared[0], exist_ok=True)
+        if os.listdir(shared[0]):
+            raise SystemExit(f"--out {shared[0]} is not an empty folder: choose another")
+        open(f"{shared[0]}/captions.txt", "w").close()  # where nothing can be written, end now
+        print(f"{len(wishes)} clips from {args.run_dir} into {shared[0]}; {device}{', compiled' * sampler.compiled}")
+    if world > 1:  # the other ranks go on when the folder is there
+        dist.broadcast_object_list(shared)
+    folder, fake = shared[0], f"{shared[0]}/fake" if real else shared[0]
     for path in (f"{folder}/real", fake) if real else ():
         os.makedirs(path, exist_ok=True)
-    shown, drawn, jobs = [], {}, []
+    shown, drawn, jobs, ending, args.fps = [], {}, [], "mkv" if args.lossless else "mp4", args.fps or fps
     most = max(1, min(24, 2**21 // (trained["size"][0] * trained["size"][1])))  # clips in the overview, by their size
     batches = [range(len(wishes))[n : n + args.batch_size] for n in range(0, len(wishes), args.batch_size)][rank::world]
     bar = tqdm(total=sum(map(len, batches)), desc="sample", unit="clip", disable=rank > 0)
@@ -257,9 +258,8 @@ def main():
             if real:
                 items = [real[index] for index in wanted]
                 videos = torch.stack([data.to_floats(item["video"]) for item in items])
-                content, motion = sampler.autoencoder.encode(to_frames(videos.to(device), sampler.image))
+                content, motion = sampler.autoencoder.encode(from_pixels(videos.to(device), sampler.image))
                 captions |= {n: item["caption"] for n, item in zip(batch, items)}
-                with_text = sampler.motion and sampler.motion.text
                 wanted = [item["caption"] if with_text else numbers.get(item["label"]) for item in items]
                 jobs += [writers.submit(data.write_video, f"{folder}/real/{n:05d}.{ending}", video, args.fps)
                          for n, video in zip(batch, videos)]
@@ -290,7 +290,7 @@ def main():
         captions = {n: caption for part, _ in parts for n, caption in part.items()}
         shown = sorted((one for _, part in parts for one in part), key=lambda one: one[0])[:most]
     with open(f"{folder}/captions.txt", "w", encoding="utf-8") as file:
-        file.writelines(captions[n].replace("\n", " ") + "\n" for n in range(len(wishes)))
+        file.writelines(" ".join(captions[n].splitlines()) + "\n" for n in range(len(wishes)))
     numbers, clips = zip(*shown)
     data.write_sheet(f"{folder}/samples.png", clips, columns=2, captions=[captions[n] for n in numbers])
     data.write_video(f"{folder}/samples.gif", list(clips), args.fps)

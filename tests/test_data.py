@@ -205,8 +205,6 @@ def test_frame_rates_are_the_headers_or_of_the_times(tmp_path):
     assert rate(no_rate(tmp_path / "a.webm")) == pytest.approx(29_000 / UNEVEN[29], rel=1e-3)
 
 
-# ---- Data sets of videos --------------------------------------------------------------------------------------------
-
 def touch(root, names, content=b""):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -245,6 +243,7 @@ def test_lists_and_folders(tmp_path, given):
 def test_a_split_and_the_test_list_beside_it(tmp_path):
     root = touch(tmp_path / "all", ["A/1.mp4", "B/2.mp4", "A/3.mp4", "C/4.mp4", "C/5.mp4"])
     (tmp_path / "all" / "A" / "loop").symlink_to(root)  # a folder within itself
+    (tmp_path / "all" / "demo.mp4").symlink_to("A/1.mp4")  # outside the class folders
     touch(tmp_path, ["trainlist01.txt"], b"A/1.avi 1\r\nB/2.avi 2\r\nC/gone.avi 3\r\n")  # .mp4 have become of .avi
     touch(tmp_path, ["testlist01.txt"], b"A/3.avi\nC/4.avi\n")
     train, _, test, _ = data.open_dataset(root, 4, 16, split=f"{tmp_path}/trainlist01.txt")
@@ -335,8 +334,6 @@ def test_moving_shapes_are_what_their_labels_and_captions_say(split, captioned):
         ((5, split, captioned), 7), ((5, "train"), (7, 1)), ((5, "test"), (7, 2)), ((6, split), 7))]
     assert torch.equal(again, clips[7]["video"]) and not any(torch.equal(again, other) for other in others)
 
-
-# ---- Writing --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ending, H, W", itertools.product(["mp4", "gif", "mkv"], [32, 33], [47]))
 def test_what_is_written_reads_back_and_what_stands_still_does_not_flicker(tmp_path, ending, H, W):

@@ -59,8 +59,6 @@ def end(monkeypatch):
     return call
 
 
-# ---- Payloads -------------------------------------------------------------------------------------------------------
-
 class Payload:
     """Unpickled without care, it makes a file."""
 
@@ -107,8 +105,6 @@ def test_no_file_runs_code_wherever_it_is_given(linked, end, tmp_path, form):
     run_it(file)
     assert marker.exists()  # the payload works: it was not merely dead
 
-
-# ---- Weights, checkpoints and encodings -----------------------------------------------------------------------------
 
 def broken_weights(folder):
     """Pairs of a file and words of the line that it must give."""
@@ -164,8 +160,6 @@ def test_tensors_that_are_not_finite_are_named(tmp_path):
             load(file)
         assert str(file) in caught.value.code
 
-
-# ---- Lists, pictures and videos -------------------------------------------------------------------------------------
 
 CSVS = {  # content: words of the line that refuses it
     "path,caption\na.mp4,a dog\nb.mp4,café\n".encode("cp1252"): "line 3, is not in UTF-8",

@@ -6,7 +6,6 @@ that make it small, or why it is not run."""
 import contextlib
 import functools
 import glob
-import json
 import os
 import re
 import shlex
@@ -31,7 +30,6 @@ TINY = {  # script: what is added to a command's own flags (of two the last one 
     "motion_diffusion.py": TRAINING + "--model mini ",
     "sample.py": "-n 2 --batch-size 2 --steps 2 --motion-steps 2 ",
     "fvd.py": "-n 2 --frames 9 ",
-    "tools/captions.py": "--num 2 ",
 }
 OF_PRESET = {  # what the stages need besides
     "shapes": ("--size 16", "--model mini", ""), "shapes_text": ("--size 16", "", ""),
@@ -44,7 +42,7 @@ LEAVES = {
     "content_diffusion.py": ["{run}/content.pt", "{run}/content.csv", "{run}/previews/content-000002.png"],
     "motion_diffusion.py": ["{run}/motion.pt", "{run}/motion.csv", "{run}/previews/motion-000002.png"],
 }
-SAYS = {"sample.py": "2 clips in .*; look at", "fvd.py": r"(FVD|CLIPSIM) -?\d.* \|", "tools/captions.py": "2 prompts"}
+SAYS = {"sample.py": "2 clips in .*; look at", "fvd.py": r"(FVD|CLIPSIM) -?\d.* \|"}
 NOT_RUN = {  # how a command begins: why it is not run here
     "pip install": "CI does, with these same lines, before it comes here", "git clone": "CI has one",
     "ruff check": "CI does", "python -m pytest": "that is what is running", "mkdir": "cp makes the folder here",
@@ -97,8 +95,7 @@ STANDS_IN = {  # what a reader brings, and what makes a small one
     "path/to/videos": class_folders, "UCF-101": class_folders, "out/atari": class_folders,
     "webvid_val": captioned_clips, "webvid.csv": captioned_list, "webvid_val.csv": captioned_list, "vgg.pth": lpips_files,
     "prompts.txt": text("a red circle\na blue square\n"), "seen.txt": text("a red circle\na blue square\n"),
-    "test_videodatainfo.json": text(json.dumps(dict(sentences=[
-        dict(video_id=f"video{i // 2}", caption=f"a\n caption {i}") for i in range(6)]))),
+    "webvid_val.txt": text("a cat\na dog\n"), "msrvtt.txt": text("a cat\na dog\n"),
     "photo.jpg": lambda path: shutil.copy(f"{ROOT}/assets/drawing.png", path),
     "v1-5-pruned.safetensors": raw, "v2-1_512-ema-pruned.safetensors": raw,
     "i3d_torchscript.pt": lambda path: test_fvd.save_script(test_fvd.Tiny(), path),
@@ -178,7 +175,7 @@ def test_every_path_function_and_tool_in_the_prose_exists():
         for function in re.findall(r"`[\w.]*?(\w+)`", name):
             assert any(re.search(rf"(def|class) {function}\b", read(f"{script}.py")) for script in SCRIPTS), function
     for tool in glob.glob(f"{ROOT}/tools/*.py"):
-        assert os.path.basename(tool) in TEXT or os.path.basename(tool) in ("macs.py", "ship.py"), tool
+        assert os.path.basename(tool) in TEXT or os.path.basename(tool) in ("ship.py"), tool
     for path in glob.glob(f"{ROOT}/assets/*.*"):
         assert os.path.getsize(path) < 1_000_000 and os.path.basename(path) in TEXT, path
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from macs import count_macs
+from bench import macs
 from safetensors.torch import save_file
 
 from autoencoder import ImageAutoencoder, load_image_autoencoder, load_weights, open_image_autoencoder, read_checkpoint
@@ -179,7 +179,7 @@ def test_full_size_unet_has_the_real_file_s_tensors_and_cost(sizes, parameters):
                  "input_blocks.4.0.skip_connection.weight", "output_blocks.11.1.transformer_blocks.0.ff.net.2.bias"):
         assert name in state  # a few of the real names, by heart, in case the converter is wrong in the same way
     assert {layer.num_groups for layer in unet.modules() if isinstance(layer, torch.nn.GroupNorm)} == {32}
-    assert count_macs(unet, *inputs) == pytest.approx(0.339e12, rel=0.01)  # tables 8 and 9; both versions match
+    assert macs(lambda: unet(*inputs))[0] == pytest.approx(0.339e12, rel=0.01)  # tables 8 and 9; both versions match
 
 
 def test_full_size_image_autoencoder_has_the_real_file_s_tensors_and_cost():
@@ -191,8 +191,8 @@ def test_full_size_image_autoencoder_has_the_real_file_s_tensors_and_cost():
     assert {layer.num_groups for layer in ours.modules() if isinstance(layer, torch.nn.GroupNorm)} == {32}
     assert len(state) == 248 and state["encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
     assert "decoder.up.3.upsample.conv.weight" in state and "encoder.down.0.downsample.conv.bias" in state
-    assert count_macs(ours, images, call=ours.encode) == pytest.approx(17.3e12, rel=0.01)
-    assert count_macs(ours, latents, call=ours.decode) == pytest.approx(39.7e12, rel=0.01)
+    assert macs(lambda: ours.encode(images))[0] == pytest.approx(17.3e12, rel=0.01)
+    assert macs(lambda: ours.decode(latents))[0] == pytest.approx(39.7e12, rel=0.01)
 
 
 def test_full_size_text_encoders_have_the_real_files_tensors():
@@ -235,12 +235,7 @@ def test_both_versions_load_from_every_kind_of_file(tmp_path, version, pad, head
     else:
         torch.save({"state_dict": tensors, "epoch": 3, "optimizer_states": [{"state": {0: torch.zeros(2)}}]}, path,
                    _use_new_zipfile_serialization=kind != "legacy")
-    with pytest.warns(UserWarning, match="--predict v") as caught:  # random weights do not predict the noise
-        unet, encoder = load_stable_diffusion(path)
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_stable_diffusion(path, predict="v")
+    unet, encoder = load_stable_diffusion(path, predict="v")
     assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in (*unet.parameters(), *encoder.parameters()))
     assert (encoder.pad, unet.context) == (pad, encoder.width)
     assert unet.output_blocks[3][1].transformer_blocks[0].attn1.heads == heads
@@ -252,6 +247,16 @@ def test_both_versions_load_from_every_kind_of_file(tmp_path, version, pad, head
         for prefix, part in (("model.diffusion_model.", unet), ("first_stage_model.", image)):
             for name, tensor in part.state_dict().items():
                 assert torch.equal(tensor.flatten(), tensors[prefix + name].float().flatten())
+
+
+def test_what_does_not_predict_the_noise_gives_one_warning_that_names_the_flag_and_none_with_it(tmp_path):
+    save_file(raw_file("1.5"), tmp_path / "sd.safetensors")
+    with pytest.warns(UserWarning, match="--predict v") as caught:
+        load_stable_diffusion(tmp_path / "sd.safetensors")
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_stable_diffusion(tmp_path / "sd.safetensors", predict="v")
 
 
 U, C, T = "model.diffusion_model.", "cond_stage_model.", "cond_stage_model.transformer.text_model."

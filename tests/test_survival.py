@@ -59,8 +59,6 @@ def wait_for(condition, process):
         time.sleep(0.001)
 
 
-# ---- What runs leave behind -----------------------------------------------------------------------------------------
-
 def step_of(run, stage):
     return data.load_checkpoint(f"{run}/{stage}.pt")["step"]
 
@@ -89,8 +87,6 @@ def clips_of(run):
     return ([[*batch[name], *test[name]] for name in ("label", "caption")],
             [torch.cat([batch[name], test[name]]) for name in ("content", "motion")])
 
-
-# ---- Runs to compare with, and to break -----------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tiny(processes, tmp_path_factory):
@@ -140,8 +136,6 @@ def unbroken(tiny, processes, tmp_path_factory):
 
     return make
 
-
-# ---- Signals and kills ----------------------------------------------------------------------------------------------
 
 @each_stage
 def test_a_run_that_is_broken_off_again_and_again_equals_an_unbroken_one(stage, start, ends, copy, unbroken):
@@ -207,8 +201,6 @@ def test_torchrun_hands_on_a_signal_and_all_of_its_processes_stop_when_they_have
     assert 3 <= load(run, "motion")["step"] < 5000
 
 
-# ---- Ranks ----------------------------------------------------------------------------------------------------------
-
 @each_stage
 def test_two_ranks_with_accumulated_gradients_equal_one_process_and_stop_together(
         stage, processes, start, ends, copy, unbroken):
@@ -246,8 +238,6 @@ def test_there_may_be_more_ranks_than_clips_and_shards(processes, ends, copy):
     assert len(clips_of(run)[0][0]) == 65 and step_of(run, "motion") == 2
 
 
-# ---- Encoding -------------------------------------------------------------------------------------------------------
-
 def test_an_interrupted_encoding_goes_on_after_the_shards_that_are_written(processes, start, ends, copy, tiny, refused):
     run, kill = copy("run", "autoencoder"), signal.SIGKILL
     shutil.rmtree(run / "encodings")
@@ -281,9 +271,33 @@ def test_other_videos_or_another_seed_are_refused_when_training_goes_on(start, e
     for i in range(6):
         os.rename(tmp_path / "moved" / f"{i}.mp4", tmp_path / "moved" / f"new{i}.mp4")
     refused(f"{again} --data {tmp_path}/moved", "videos", f"{tmp_path}/moved")
+    ends(0, start("autoencoder", run, f"--encode --data {tmp_path}/moved"))  # these may be encoded, not trained on
+    refused(again, "videos", f"{tmp_path}/moved")
 
 
-# ---- NaNs, and a compiler that fails --------------------------------------------------------------------------------
+def test_ranks_may_read_copies_of_the_videos_with_other_dates_but_not_other_videos(processes, ends, tmp_path):
+    for name in "ab":
+        os.makedirs(tmp_path / name)
+        for i in range(6):
+            data.write_video(f"{tmp_path}/{name}/{i}.mp4", data.MovingShapes(5, 16)[i]["video"], 8)
+            os.utime(f"{tmp_path}/{name}/{i}.mp4", (0, ord(name)))
+    flags = f"--data {tmp_path}/%s --steps 2 --shard-size 2"
+    both = [words("autoencoder", tmp_path / "run", flags % name) for name in "ab"]
+    ends(0, *processes.ranks(*both))
+    ends(0, processes.start(*words("content", tmp_path / "run", "--steps 2")))
+    shutil.rmtree(tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("0.mp4", "1.mp4"))
+    assert "different videos" in ends(1, *processes.ranks(*(row + ["--resume"] for row in both))).stderr
+
+
+def test_a_test_video_that_cannot_be_read_does_not_end_the_run(start, ends, tmp_path):
+    for i in range(6):
+        data.write_video(f"{tmp_path}/{i}.mp4", data.MovingShapes(5, 16)[i]["video"], 8)
+    [chosen] = data.open_dataset(str(tmp_path), 4, 16)[2].paths
+    (tmp_path / chosen).write_bytes(b"not a video")
+    ends(0, start("autoencoder", tmp_path / "run", f"--data {tmp_path} --steps 2"))
+    ends(0, start("content", tmp_path / "run", "--steps 2"))
+
 
 @each_stage
 def test_a_nan_step_leaves_the_weights_and_is_counted_and_five_in_a_row_end_the_run(stage, start, ends, copy, tiny):

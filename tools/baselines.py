@@ -19,8 +19,8 @@ import time
 import judge
 import torch
 import torch.nn as nn
+from bench import macs
 from einops import rearrange
-from macs import macs
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data

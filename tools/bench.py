@@ -1,14 +1,11 @@
-"""Measures each stage's step and sampling on this machine, computes memory, and plans the paper's runs.
+"""Computes what the models cost: operations and memory, and hours of the paper's runs. Nothing is run or measured.
 
-    python tools/bench.py                                     # the shapes preset on the CPU
-    python tools/bench.py --preset ucf101 --only motion --compile
-    python tools/bench.py --preset webvid_sd21 --only sampling --count                 # one clip's cost, nothing is run
-    python tools/bench.py --memory                            # what training needs of a GPU's memory, without one
+    python tools/bench.py --count --preset webvid_sd21        # one clip's multiply-accumulates
+    python tools/bench.py --memory                            # what training needs of a GPU's memory
     python tools/bench.py --plan --rate 660 --mfu 0.45        # hours and bytes of the paper's runs
 
-Weights and data are random: speed depends on neither. Versions take turns, so that other load slows all alike, and
-figures are medians. T are 10**12 multiply-accumulates of one clip: as the paper counts them, of convolutions and linear
-layers alone, and in full. Memory is that of the tensors on a GPU, of the process on a CPU. For GPUs: tools/gpu.py.
+T are 10**12 multiply-accumulates of one clip: as the paper counts them, of convolutions and linear layers alone, and in
+full. What a GPU makes of them, tools/gpu.py measures.
 """
 
 import argparse
@@ -16,22 +13,21 @@ import contextlib
 import itertools
 import math
 import os
-import statistics
 import sys
-import time
 import unittest.mock
 import weakref
 
 import torch
 import torch.nn.functional as F
-from macs import macs
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from autoencoder import Autoencoder, ImageAutoencoder
-from content_diffusion import Diffusion, DiT, TextEncoder, UNet, ddim
+from content_diffusion import DiT, TextEncoder, UNet
 from motion_diffusion import MotionDiT
 
 L, MINI = dict(width=1024, depth=24, heads=16), dict(width=128, depth=4, heads=4)  # DiT-XL is the models' default
@@ -52,7 +48,32 @@ PRESETS = {  # the scripts' presets (tables 5 to 7): pixels, and what the models
 STAGES = ("autoencoder", "content", "motion")
 
 
-# ---- The three stages with random weights, and their steps ----------------------------------------------------------
+# ---- Counting -----------------------------------------------------------------------------------------------------
+
+class CountAttention(TorchFunctionMode):
+    """Counts the multiply-accumulates of attention instead of computing it: the result only has the right shape."""
+
+    macs = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs or {})
+        query, key = args[:2]
+        self.macs += 2 * query.numel() * key.shape[-2]  # query times key, and that times value
+        return torch.empty_like(query)
+
+
+def macs(call):
+    """Multiply-accumulates of call(): (of convolutions and linear layers, of attention). On the meta device nothing is
+    computed. Products of two batches of matrices count as attention: it may be written by its formula."""
+    counter, attention = FlopCounterMode(display=False), CountAttention()
+    with torch.inference_mode(False), torch.no_grad(), counter, attention:
+        call()
+    batched = sum(count for operator, count in counter.get_flop_counts()["Global"].items() if "bmm" in str(operator))
+    return (counter.get_total_flops() - batched) // 2, attention.macs + batched // 2  # two operations each
+
+
+# ---- The three stages with random weights ----------------------------------------------------------
 
 def image_autoencoder(preset):
     """The frozen one of a preset on latents, on the default device; None where frames are pixels."""
@@ -122,84 +143,7 @@ def forward_macs(what, preset, size=None):
         return macs(lambda: model.encode(latents) if what == "encoder" else model(latents))
 
 
-def training_step(stage, model, image, inputs, half):
-    """A function: one step as the stage's script takes it, which returns the loss."""
-    device, weights = inputs[0].device.type, list(model.parameters())
-    optimizer = torch.optim.Adam(weights, lr=1e-4, fused=True)
-    averages = [weight.detach().clone() for weight in weights] if stage != "autoencoder" else []
-    diffusion, autocast = Diffusion("linear").to(device), torch.autocast(device, torch.bfloat16, half)
-
-    def step():
-        x, *others = inputs
-        if stage == "autoencoder":
-            with torch.no_grad():
-                x = fold(image.encode, x) if image else x
-            with autocast:
-                output = model(x)
-            loss = (output.float() - x).square().mean()
-        else:
-            t, *rest = others
-            with autocast:
-                loss = diffusion.loss(lambda x, t: model(x, t, *rest), x, t, torch.randn_like(x))
-        loss.backward()
-        if torch.nn.utils.clip_grad_norm_(weights, 1.0).isfinite().item():
-            optimizer.step()
-            with torch.no_grad():
-                if averages:
-                    torch._foreach_lerp_(averages, weights, 0.001)
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-def compile_all(*modules, **options):
-    for module in modules:
-        if module:
-            for part in [module.encoder, module.decoder] if hasattr(module, "encoder") else [module]:
-                part.compile(dynamic=False, **options)
-
-
 # ---- Sampling -------------------------------------------------------------------------------------------------------
-
-def sampling_models(preset, dtype, size=None):
-    """{part: model} on the default device, as sample.py has them."""
-    models = {stage: make_model(stage, preset, size).requires_grad_(False).eval() for stage in STAGES}
-    for stage in ("content", "motion"):
-        models[stage].to(dtype)
-    return models | dict(image=image_autoencoder(preset))
-
-
-@torch.no_grad()
-def draw(models, preset, clips, steps, motion_steps, guidance, size=None):
-    """{part: seconds} of drawing clips: the content frame with guidance, the motion without."""
-    content, motion, autoencoder, image = (models[name] for name in ("content", "motion", "autoencoder", "image"))
-    dtype, device = next(content.parameters()).dtype, autoencoder.motion_mean.device
-    with torch.device(device):
-        x, _, condition = make_inputs("content", content, preset, clips, size)
-        z, _, frame, features = make_inputs("motion", motion, preset, clips, size)
-    both, diffusion = torch.cat([condition] * (1 if guidance == 1 else 2)), Diffusion("linear").to(device)
-    both, features = (y.to(dtype) if y.is_floating_point() else y for y in (both, features))
-
-    def guided(x, t):  # copied, since a CUDA graph writes each result over the one before
-        branches = len(both) // clips
-        out = content(x.to(dtype).repeat(branches, 1, 1, 1), t.repeat(branches), both).to(torch.float32, copy=True)
-        return out if branches == 1 else out[clips:] + guidance * (out[:clips] - out[clips:])
-
-    def moved(z, t):
-        return motion(z.to(dtype), t, frame.to(dtype), features).to(torch.float32, copy=True)
-
-    def decoded():
-        with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
-            return autoencoder.decode(frame, z.clamp(-1, 1))
-
-    seconds = {}
-    seconds["content"], frame = timed(lambda: ddim(guided, x, diffusion, steps))
-    seconds["motion"], z = timed(lambda: ddim(moved, z, diffusion, motion_steps))
-    seconds["decoder"], video = timed(decoded)
-    seconds["images"], _ = timed(lambda: (fold(image.decode, video) if image else video).clamp(-1, 1).cpu())
-    return seconds
-
 
 def sampling_macs(preset, steps, motion_steps, guidance, size=None):
     """{part: (as the paper counts, in full)}: multiply-accumulates of one clip. The paper counts one branch of
@@ -217,85 +161,13 @@ def sampling_macs(preset, steps, motion_steps, guidance, size=None):
     return parts
 
 
-# ---- Measuring ------------------------------------------------------------------------------------------------------
-
-def timed(call):
-    """(seconds until the device has finished call(), its result)"""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else bool
-    wait()
-    start = time.perf_counter()
-    result = call()
-    wait()
-    return time.perf_counter() - start, result
-
-
-def memory():
-    """The most GB since the last call: of tensors on a GPU, of the process on a CPU (in Linux)."""
-    if torch.cuda.is_available():
-        most = torch.cuda.max_memory_allocated()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return most / 1e9
-    with contextlib.suppress(OSError), open("/proc/self/status") as lines, open("/proc/self/clear_refs", "w") as file:
-        most = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-        file.write("5")  # sets VmHWM back to what is in use now
-        return most * 1024 / 1e9
-    return float("nan")
-
-
-def measure(args, device):
-    """Prints a row for each version of each stage's step, and of sampling."""
-    print(f"{torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, torch "
-          f"{torch.__version__}, load {os.getloadavg()[0]:.1f}, preset {args.preset}, {args.dtype}")
-    versions, dtype = ["eager"] + ["compiled"] * args.compile, getattr(torch, args.dtype)
-    for stage in [stage for stage in STAGES if stage in args.only]:
-        batch = args.batch_size or (8 if args.preset.startswith("shapes") else 1)
-        layers, attention = forward_macs(stage, args.preset, args.size)
-        with torch.device(device):
-            model, inputs, image = make_stage(stage, args.preset, batch, args.size)
-        compile_all(model, image)  # the eager version runs as if it were not
-        step = training_step(stage, model, image, inputs, dtype == torch.bfloat16)
-        for version, (seconds, most) in take_turns(versions, args.rounds, lambda: timed(step)[0]).items():
-            print(f"{stage:<12} {version:<9} {batch:>4} clips {seconds:>9.4f} s a step {batch / seconds:>9.2f} clips/s "
-                  f"{most:>7.2f} GB, forward {layers / 1e12:.4g} T, with attention {(layers + attention) / 1e12:.4g} T")
-    if "sampling" not in args.only:
-        return
-    flags = args.steps, args.motion_steps, args.guidance, args.size
-    print_count(args.preset, *flags)
-    with torch.device(device):
-        models = sampling_models(args.preset, dtype, args.size)
-    compile_all(models["content"], models["motion"], mode="reduce-overhead")
-    compile_all(models["autoencoder"], models["image"])
-    for clips in args.clips:
-        rows = take_turns(versions, args.rounds, lambda: draw(models, args.preset, clips, *flags))
-        for version, (seconds, most) in rows.items():
-            print(f"sampling     {version:<9} {clips:>4} clips {sum(seconds.values()):>9.3f} s: "
-                  + ", ".join(f"{part} {s:.3f}" for part, s in seconds.items()) + f", {most:.2f} GB", flush=True)
-
-
-def take_turns(versions, rounds, call):
-    """{version: (median of what call() returns, seconds or {part: seconds}; GB at most)}"""
-    found, most = {version: [] for version in versions}, dict.fromkeys(versions, 0)
-    for _ in range(rounds):
-        for version in versions:
-            with torch.compiler.set_stance("force_eager" if version == "eager" else "default"):
-                call()  # warms up
-                memory()
-                found[version] += [call() for _ in range(3)]
-                most[version] = max(most[version], memory())
-    return {version: ({part: statistics.median(one[part] for one in results) for part in results[0]}
-                      if isinstance(results[0], dict) else statistics.median(results), most[version])
-            for version, results in found.items()}
-
-
 def print_count(preset, *flags):
     parts = sampling_macs(preset, *flags)
     paper, full = (sum(part[i] for part in parts.values()) / 1e12 for i in (0, 1))
-    print(f"a clip: {paper:.4g} T as the paper counts (its TFLOPs), {full:.4g} T in full: "
+    print(f"{preset}, a clip: {paper:.4g} T as the paper counts (its TFLOPs), {full:.4g} T in full: "
           + ", ".join(f"{name} {part[1] / 1e12:.4g}" for name, part in parts.items()))
 
 
-@torch.no_grad()
 # ---- Memory, computed on fake tensors, which have shapes but no values ----------------------------------------------
 
 def flash(q, k, v, *_, is_causal=False, **__):
@@ -342,18 +214,18 @@ def fake(*modules):
         yield
 
 
-def activation_bytes(stage, preset, batch, size=None, checkpointing=False):
+def activation_bytes(stage, preset, batch, checkpointing):
     """(bytes that a forward pass of `batch` clips, under autocast to bfloat16, keeps for the backward pass; the most
     that both take at any time), beside the weights and their gradients."""
     with torch.device("meta"):
-        model = make_model(stage, preset, size)
+        model = make_model(stage, preset)
     for module in model.modules():
         if hasattr(module, "checkpointing"):
             module.checkpointing = checkpointing
     with fake(model):
         for weight in model.parameters():
             weight.grad = torch.empty_like(weight)
-        inputs = make_inputs(stage, model, preset, batch, size)
+        inputs = make_inputs(stage, model, preset, batch)
         if stage == "autoencoder":
             inputs = [torch.empty(batch, model.channels, model.frames, *model.size)]
         with Memory(model) as memory:
@@ -364,21 +236,21 @@ def activation_bytes(stage, preset, batch, size=None, checkpointing=False):
     return kept, memory.peak
 
 
-def print_memory(presets, stages, batch=None, size=None):
+def print_memory(presets):
     """For each preset and stage, without and with --checkpointing: what its batch on eight GPUs needs of each, in one
     pass; and how many clips a pass fit GPUs of 24, 48 and 80 GB, of which a tenth is left free. States: the weights,
     gradients, Adam's two moments, in stages 2 and 3 the average, and the frozen models in half precision."""
     print("preset      stage        states GiB  clips a GPU  saved GiB   peak GiB   clips a pass in 24 GB  48 GB  80 GB")
-    for preset, stage in itertools.product(presets, stages):
-        clips = batch or (3 if stage == "autoencoder" else 32)
+    for preset, stage in itertools.product(presets, STAGES):
+        clips = 3 if stage == "autoencoder" else 32
         with torch.device("meta"):
-            weights, frozen = make_model(stage, preset, size), image_autoencoder(preset)
+            weights, frozen = make_model(stage, preset), image_autoencoder(preset)
             if frozen and stage != "autoencoder":
                 frozen = TextEncoder(*PRESETS[preset if stage == "content" else "webvid_sd21"]["text"])
         states = (16 if stage == "autoencoder" else 20) * sum(p.numel() for p in weights.parameters())
         states += 2 * sum(p.numel() for p in frozen.parameters()) if frozen else 0
         for checkpointing in (False, True):
-            (kept, some), (_, twice) = (activation_bytes(stage, preset, n, size, checkpointing)
+            (kept, some), (_, twice) = (activation_bytes(stage, preset, n, checkpointing)
                                         for n in (clips, 2 * clips))
             each, fixed = (twice - some) / clips, 2 * some - twice
             fits = [max(0, int((0.9 * card * 1e9 - states - fixed) // each)) for card in (24, 48, 80)]
@@ -414,34 +286,23 @@ def plan(rate, mfu, preset):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="default: shapes; of --memory, the paper's three")
-    add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the arithmetic")
-    add("--only", nargs="+", choices=[*STAGES, "sampling"], default=[*STAGES, "sampling"])
-    add("--compile", action="store_true", help="time a compiled version as well")
-    add("--batch-size", type=int, help="clips a training step (default: 8 for shapes, else 1)")
-    add("--clips", type=int, nargs="+", default=[1, 4], help="clips drawn at once")
-    add("--size", type=int, nargs=2, help="height and width in pixels, in place of the preset's")
+    add("--preset", choices=PRESETS, help="default: the paper's three")
+    add("--count", action="store_true", help="print one clip's multiply-accumulates")
+    add("--memory", action="store_true", help="print what training needs of a GPU's memory")
+    add("--plan", action="store_true", help="print the hours of the paper's runs, from --rate and --mfu")
     add("--steps", type=int, default=50, help="sampling steps of the content frame")
     add("--motion-steps", type=int, default=100, help="sampling steps of the motion")
     add("--guidance", type=float, default=8.5, help="guidance scale of the content frame; 1: none")
-    add("--rounds", type=int, default=3, help="turns of each version")
-    add("--count", action="store_true", help="print one clip's multiply-accumulates alone")
-    add("--memory", action="store_true", help="print what training needs of a GPU's memory, computed without one")
-    add("--plan", action="store_true", help="print the plan alone, from --rate and --mfu")
-    add("--rate", type=float, default=312, help="TFLOPS of one GPU, for --plan (default: an A100's)")
-    add("--mfu", type=float, default=0.4, help="share of --rate that is reached, for --plan")
+    add("--rate", type=float, default=312, help="TFLOPS of one GPU (default: an A100's)")
+    add("--mfu", type=float, default=0.4, help="share of --rate that is reached")
     args = parser.parse_args()
-    large = [args.preset] if args.preset else [name for name in PRESETS if "shapes" not in name]
-    if args.plan:
-        for preset in large:
-            plan(args.rate * 1e12, args.mfu, preset)
-    elif args.memory:
-        print_memory(large, [stage for stage in STAGES if stage in args.only], args.batch_size, args.size)
-    else:
-        args.preset = args.preset or "shapes"
-        flags = args.preset, args.steps, args.motion_steps, args.guidance, args.size
-        print_count(*flags) if args.count else measure(args, args.device)
+    presets = [args.preset] if args.preset else [name for name in PRESETS if "shapes" not in name]
+    for preset in presets if args.count else ():
+        print_count(preset, args.steps, args.motion_steps, args.guidance)
+    if args.memory:
+        print_memory(presets)
+    for preset in presets if args.plan else ():
+        plan(args.rate * 1e12, args.mfu, preset)
 
 
 if __name__ == "__main__":

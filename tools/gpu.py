@@ -1,20 +1,17 @@
 """What a GPU makes of every model and stage in eight minutes: right results, seconds, TFLOP/s, memory, in one table.
 
     python tools/gpu.py --tiny                           # first: all of it at tiny size, on the CPU if there is no GPU
-    python tools/gpu.py --json gpu.jsonl                 # the paper's sizes; --jobs 1 where the GPU has only 80 GB
+    python tools/gpu.py                                  # the paper's sizes
     python tools/gpu.py --part unet sampling             # some of the parts
 
 Weights and data are random: speed depends on neither. Each part is a process of its own, so that none takes the others
-with it, and --jobs of them run side by side: while one times itself, alone, others compile. All stop after --seconds.
+with it; they run one after another, the important ones first, and all stop after --seconds.
 Operations are two a multiply-accumulate, attention included, and in training three times those of the forward pass.
-"eager, own norms" has the scripts' norms where those are not torch's; other rows have nn.LayerNorm and nn.GroupNorm.
 """
 
 import argparse
 import contextlib
 import copy
-import fcntl
-import json
 import math
 import os
 import signal
@@ -39,7 +36,7 @@ if not find_spec("av"):  # data.py imports it at its top, but no video is read h
 import bench
 
 from autoencoder import LPIPS, Autoencoder, ImageAutoencoder
-from content_diffusion import Diffusion, DiT, TextEncoder, UNet
+from content_diffusion import Diffusion, DiT, TextEncoder, UNet, ddim
 from fvd import I3D
 from motion_diffusion import MotionDiT
 
@@ -47,21 +44,17 @@ STAGES = {  # part: stage, preset, clips a step, and the tiny preset
     "unet": ("content", "webvid_sd21", 8, "shapes_text"), "latents": ("autoencoder", "webvid_sd21", 2, "shapes_text"),
     "dit": ("content", "ucf101", 16, "shapes"), "motion": ("motion", "webvid_sd21", 16, "shapes_text"),
     "autoencoder": ("autoencoder", "ucf101", 4, "shapes")}
-PARTS = "models unet sampling latents dit motion autoencoder attention limits gloo".split()  # important ones first
+PARTS = "models unet sampling latents dit motion autoencoder attention gloo".split()  # important ones first
 BACKENDS = dict(math=SDPBackend.MATH, flash=SDPBackend.FLASH_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION,
                 cudnn=SDPBackend.CUDNN_ATTENTION)
 args = argparse.Namespace()  # the flags, and device
 
 
 def say(what, **figures):
-    """Prints a row, and keeps it as a line of JSON."""
+    """Prints a row."""
     figures = {name: round(value, 4 - math.ceil(math.log10(abs(value) + 1e-9))) if isinstance(value, float) else value
                for name, value in figures.items()}
-    print(f"{time.time() - args.start:4.0f} s  {args.part[0]:<11} {what:<28} "
-          + "  ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
-    if args.json:
-        with open(args.json, "a") as file:
-            file.write(json.dumps(dict(part=args.part[0], what=what, **figures)) + "\n")
+    print(f"{args.part[0]:<11} {what:<28} " + "  ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
 
 
 @contextlib.contextmanager
@@ -71,22 +64,29 @@ def tried(what):
         yield
     except Exception as e:
         say(what, failed=f"{type(e).__name__}: {' '.join(str(e).split())[:150]}")
-    signal.alarm(0)
 
 
-@contextlib.contextmanager
-def alone():
-    """No other part times itself now. The lock ends with its process, which ends by itself where a kernel hangs."""
-    with open(args.lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        signal.alarm(90)
-        bench.memory()
-        yield
-    signal.alarm(0)
+def timed(call):
+    """(seconds until the device has finished call(), its result)"""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else bool
+    wait()
+    start = time.perf_counter()
+    result = call()
+    wait()
+    return time.perf_counter() - start, result
+
+
+def memory():
+    """The most GB of tensors on the GPU since the last call; 0 without one."""
+    most = torch.cuda.max_memory_allocated() if args.device == "cuda" else 0
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return most / 1e9
 
 
 def typical(call, count):
-    return median([bench.timed(call)[0] for _ in range(3 + (3 if args.tiny else count))][3:])
+    return median([timed(call)[0] for _ in range(3 + (3 if args.tiny else count))][3:])
 
 
 def far(a, b):
@@ -140,6 +140,44 @@ def models():
                 ("float32", *errors[:2]), ("bfloat16", *errors[2:]))})
 
 
+def training_step(stage, model, image, inputs, half):
+    """A function: one step as the stage's script takes it, which returns the loss."""
+    device, weights = inputs[0].device.type, list(model.parameters())
+    optimizer = torch.optim.Adam(weights, lr=1e-4, fused=True)
+    averages = [weight.detach().clone() for weight in weights] if stage != "autoencoder" else []
+    diffusion, autocast = Diffusion("linear").to(device), torch.autocast(device, torch.bfloat16, half)
+
+    def step():
+        x, *others = inputs
+        if stage == "autoencoder":
+            with torch.no_grad():
+                x = bench.fold(image.encode, x) if image else x
+            with autocast:
+                output = model(x)
+            loss = (output.float() - x).square().mean()
+        else:
+            t, *rest = others
+            with autocast:
+                loss = diffusion.loss(lambda x, t: model(x, t, *rest), x, t, torch.randn_like(x))
+        loss.backward()
+        if torch.nn.utils.clip_grad_norm_(weights, 1.0).isfinite().item():
+            optimizer.step()
+            with torch.no_grad():
+                if averages:
+                    torch._foreach_lerp_(averages, weights, 0.001)
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def compile_all(*modules, **options):
+    for module in modules:
+        if module:
+            for part in [module.encoder, module.decoder] if hasattr(module, "encoder") else [module]:
+                part.compile(dynamic=False, **options)
+
+
 def stage():
     """30 steps of a training stage, as its script takes them."""
     stage, preset, clips, tiny = STAGES[args.part[0]]
@@ -149,43 +187,78 @@ def stage():
     with torch.device(args.device):
         model, inputs, image = bench.make_stage(stage, preset, clips)
     before = [weight.detach().clone().cpu() for weight in model.parameters()]
-    own = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) and m.__module__[:5] != "torch"]
-    for version in ["eager, own norms"] * bool(own) + ["eager", "compiled"]:
+    for version in ("eager", "compiled"):
         with tried(version):
             step = None  # first the last version's optimizer goes
-            for module in own * (version != "eager, own norms"):
-                module.__class__ = nn.LayerNorm if isinstance(module, nn.LayerNorm) else nn.GroupNorm
             for weight, old in zip(model.parameters(), before):
                 weight.data.copy_(old)
             if version == "compiled":
-                bench.compile_all(model, image, **args.compile)
+                compile_all(model, image, **args.compile)
             torch.manual_seed(0)
-            step, losses = bench.training_step(stage, model, image, inputs, True), []
-            first = bench.timed(lambda: losses.append(step()))[0]
-            with alone():
-                seconds = typical(lambda: losses.append(step()), 30)
-                rate, losses = operations * clips / seconds / 1e12, torch.stack(losses)
-                say(f"{version}, {clips} clips", s=seconds, TFLOPS=rate, of_peak=rate / args.peak, GB=bench.memory(),
-                    loss=losses[0].item(), last=losses[-1].item(), finite=losses.isfinite().all().item(), first_s=first)
+            step, losses = training_step(stage, model, image, inputs, True), []
+            first = timed(lambda: losses.append(step()))[0]
+            memory()
+            seconds = typical(lambda: losses.append(step()), 30)
+            rate, losses = operations * clips / seconds / 1e12, torch.stack(losses)
+            say(f"{version}, {clips} clips", s=seconds, TFLOPS=rate, of_peak=rate / args.peak, GB=memory(),
+                loss=losses[0].item(), last=losses[-1].item(), finite=losses.isfinite().all().item(), first_s=first)
+
+
+def sampling_models(preset, dtype):
+    """{part: model} on the default device, as sample.py has them."""
+    models = {stage: bench.make_model(stage, preset).requires_grad_(False).eval() for stage in bench.STAGES}
+    for stage in ("content", "motion"):
+        models[stage].to(dtype)
+    return models | dict(image=bench.image_autoencoder(preset))
+
+
+@torch.no_grad()
+def draw(models, preset, clips, steps, motion_steps, guidance):
+    """{part: seconds} of drawing clips: the content frame with guidance, the motion without."""
+    content, motion, autoencoder, image = (models[name] for name in ("content", "motion", "autoencoder", "image"))
+    dtype, device = next(content.parameters()).dtype, autoencoder.motion_mean.device
+    with torch.device(device):
+        x, _, condition = bench.make_inputs("content", content, preset, clips)
+        z, _, frame, features = bench.make_inputs("motion", motion, preset, clips)
+    both, diffusion = torch.cat([condition] * (1 if guidance == 1 else 2)), Diffusion("linear").to(device)
+    both, features = (y.to(dtype) if y.is_floating_point() else y for y in (both, features))
+
+    def guided(x, t):  # copied, since a CUDA graph writes each result over the one before
+        branches = len(both) // clips
+        out = content(x.to(dtype).repeat(branches, 1, 1, 1), t.repeat(branches), both).to(torch.float32, copy=True)
+        return out if branches == 1 else out[clips:] + guidance * (out[:clips] - out[clips:])
+
+    def moved(z, t):
+        return motion(z.to(dtype), t, frame.to(dtype), features).to(torch.float32, copy=True)
+
+    def decoded():
+        with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
+            return autoencoder.decode(frame, z.clamp(-1, 1))
+
+    seconds = {}
+    seconds["content"], frame = timed(lambda: ddim(guided, x, diffusion, steps))
+    seconds["motion"], z = timed(lambda: ddim(moved, z, diffusion, motion_steps))
+    seconds["decoder"], video = timed(decoded)
+    seconds["images"], _ = timed(lambda: (bench.fold(image.decode, video) if image else video).clamp(-1, 1).cpu())
+    return seconds
 
 
 def sampling():
     """A clip of 16x512x1024 by parts, 50 steps for the content and 100 for the motion."""
     preset, steps = ("shapes_text", 3) if args.tiny else ("webvid_sd21", 50)
     with torch.device(args.device):
-        models = bench.sampling_models(preset, torch.bfloat16)
+        models = sampling_models(preset, torch.bfloat16)
     for version, clips in (("eager", 1), ("eager", 4), ("compiled", 1), ("compiled", 4)):
         with tried(f"{version}, {clips} clips"):
             if (version, clips) == ("compiled", 1):
-                bench.compile_all(models["content"], models["motion"], **args.compile or dict(mode="reduce-overhead"))
-                bench.compile_all(models["autoencoder"], models["image"], **args.compile)
-            first = sum(bench.draw(models, preset, clips, 3, 3, 8.5).values())
-            with alone():
-                bench.draw(models, preset, clips, 3, 3, 8.5)
-                seconds = bench.draw(models, preset, clips, steps, 2 * steps, 8.5)
-                total = sum(seconds.values())
-                say(f"{version}, {clips} clips", s=total, **seconds, s_50_50=total - seconds["motion"] / 2,
-                    GB=bench.memory(), first_s=first)
+                compile_all(models["content"], models["motion"], **args.compile or dict(mode="reduce-overhead"))
+                compile_all(models["autoencoder"], models["image"], **args.compile)
+            first = sum(draw(models, preset, clips, 3, 3, 8.5).values())
+            memory()
+            seconds = draw(models, preset, clips, steps, 2 * steps, 8.5)
+            total = sum(seconds.values())
+            say(f"{version}, {clips} clips", s=total, **seconds, s_50_50=total - seconds["motion"] / 2,
+                GB=memory(), first_s=first)
 
 
 def by(backend, *inputs):
@@ -216,35 +289,12 @@ def attention():
             with tried(f"{view}, {name}"):
                 layer().square().sum().backward()
                 finite = all(y.grad.isfinite().all().item() for y in x)  # cuDNN's are not always (pytorch issue 196678)
-                with alone():
-                    both, most = typical(lambda: layer().square().sum().backward(), 10), bench.memory()
-                    with torch.no_grad():
-                        say(f"{view}, {name}", forward_ms=1e3 * typical(layer, 10), both_ms=1e3 * both, GB=most,
-                            finite=finite)
+                both, most = typical(lambda: layer().square().sum().backward(), 10), memory()
+                with torch.no_grad():
+                    say(f"{view}, {name}", forward_ms=1e3 * typical(layer, 10), both_ms=1e3 * both, GB=most,
+                        finite=finite)
                 for y in x:
                     y.grad = None
-
-
-def limits():
-    """Where kernels fail for many short sequences: 16 clips of 512x1024 have 16 * 32 * 64 * 8 = 262,144 heads of 16
-    frames, and a CUDA grid at most 65,535 blocks in y and z (pytorch issue 142228)."""
-    for n in (32, 64) if args.tiny else (65_535, 65_536, 131_072, 262_144):
-        for shape in ((1, n), (n, 1), (n // 8, 8)):
-            found = {}
-            for name, backend in BACKENDS.items():
-                leaves = [randn(*shape, 16, 48, device=args.device, dtype=torch.bfloat16, requires_grad=True)
-                          for _ in range(3)]
-                ends = [x.detach().flatten(0, 1)[[0, -1]].double().requires_grad_() for x in leaves]
-                try:
-                    pairs = [(by(backend, *leaves), formula(*ends))]
-                    for result in pairs[0]:
-                        result.square().sum().backward()
-                    pairs += [(x.grad, y.grad) for x, y in zip(leaves, ends)]
-                    error = max(far(x.flatten(0, 1)[[0, -1]], y) for x, y in pairs)
-                    found[name] = "ok" if error < 0.05 else f"WRONG by {error:.2g}"
-                except Exception as e:
-                    found[name] = " ".join(str(e).split())[:50]
-            say(f"{shape} x 16 x 48", **found)
 
 
 def rank(number, world, folder, device):
@@ -273,22 +323,17 @@ def gloo():
 
 
 def run_parts():
-    """Starts the parts as processes, and ends them when the time is over."""
-    waiting, running, ended = list(args.part), {}, []
-    own = [sys.executable, *sys.argv, "--start", str(args.start), "--lock", f"{tempfile.mkdtemp()}/lock"]
-    try:
-        while (waiting or running) and time.time() - args.start < args.seconds:
-            for part in waiting[: args.jobs - len(running)]:
-                running[waiting.pop(0)] = subprocess.Popen([*own, "--part", part], start_new_session=True,
-                                                           env=os.environ | dict(
-                    TORCHINDUCTOR_COMPILE_THREADS="5", PYTHONWARNINGS="ignore"))
-            for part in [part for part in running if running[part].poll() is not None]:
-                ended.append(f"{part} {running.pop(part).returncode or ''}".strip())
-            time.sleep(0.1)
-    finally:
-        for process in running.values():
-            os.killpg(process.pid, signal.SIGKILL)
-    print(f"after {time.time() - args.start:.0f} s. Ended: {ended}; stopped: {list(running)}; not begun: {waiting}")
+    """Runs the parts as processes, and ends the last one when the time is over."""
+    end = time.time() + args.seconds
+    for number, part in enumerate(args.part):
+        with subprocess.Popen([sys.executable, *sys.argv, "--alone", "--part", part], start_new_session=True) as process:
+            try:
+                process.wait(end - time.time())
+            except subprocess.TimeoutExpired:
+                return print(f"{part} stopped after {args.seconds:.0f} s; not begun: {args.part[number + 1 :]}")
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def main():
@@ -297,13 +342,10 @@ def main():
     add("--tiny", action="store_true", help="everything tiny")
     add("--part", nargs="+", choices=PARTS, default=PARTS, help="default: all, in this order")
     add("--seconds", type=float, default=480, help="time for all")
-    add("--jobs", type=int, default=3, help="parts side by side, each with up to 45 GB")
     add("--peak", type=float, default=989, help="the GPU's TFLOP/s in bfloat16, by its datasheet")
-    add("--json", help="file to which each row is added as a line")
-    add("--lock", help=argparse.SUPPRESS)  # this and the next are told to the process of a part
-    add("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
+    add("--alone", action="store_true", help=argparse.SUPPRESS)  # told to the process of a part
     parser.parse_args(namespace=args)
-    if not args.lock:
+    if not args.alone:
         return run_parts()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.compile = {} if args.device == "cuda" else dict(backend="aot_eager")  # a CPU would compile for many minutes

@@ -22,8 +22,8 @@ import bench
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench import macs
 from diffusers import UNet3DConditionModel
-from macs import macs
 
 CMD, PRESET = ("content", "motion", "autoencoder"), "webvid_sd21"
 MODELS = ("ModelScope", *CMD)
