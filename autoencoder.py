@@ -695,13 +695,14 @@ class ImageAutoencoder(nn.Module):
 
 def load_image_autoencoder(path):
     """The ImageAutoencoder (float32, frozen, on the CPU) of a full Stable Diffusion file or of its own."""
-    tensors = find_part(read_checkpoint(path), "first_stage_model.", [
+    if "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight" in (tensors := read_checkpoint(path)):
+        raise SystemExit(f"{path} is Stable Diffusion XL's, whose latents are others: this takes 1.5 and 2.1-base")
+    tensors = find_part(tensors, "first_stage_model.", [
         "encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "quant_conv.weight"],
                         f"{path} holds no Stable Diffusion image autoencoder")
-    own = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # leaves 'loss.' and 'model_ema.' out
     tensors = {  # newer files store the attention's 1x1 convolutions as linear layers
         name: tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
-        for name, tensor in tensors.items() if name.startswith(own)}
+        for name, tensor in tensors.items() if name.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
     return open_image_autoencoder(tensors, torch.device("cpu"), f"{path}: the image autoencoder")
 
 
@@ -829,7 +830,7 @@ def find_part(tensors, prefix, names, what):
 def load_weights(module, tensors, what):
     """Copies {name: tensor} into a module, also on the meta device, in its dtype. `what`: how an error begins."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise SystemExit(f"{what}: {name} holds values that are not finite: the file is damaged")
     own = module.state_dict()
     tensors = {name: tensor.to(own[name].dtype if name in own else None, copy=True) for name, tensor in tensors.items()}

@@ -752,7 +752,7 @@ def build_unet(tensors, path):
 
 
 def from_openclip(tensors):
-    """OpenCLIP's names -> Hugging Face's, without the last layer: Stable Diffusion 2 reads the one before it."""
+    """OpenCLIP's names -> Hugging Face's, without the last layer, if it is there: Stable Diffusion 2 reads layer 23."""
     last = max((int(name.split(".")[2]) for name in tensors if name.startswith("transformer.resblocks.")), default=0)
     renames = {"transformer.resblocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
                "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
@@ -760,7 +760,7 @@ def from_openclip(tensors):
                "positional_embedding": "embeddings.position_embedding.weight"}
     own = {}
     for name, tensor in tensors.items():
-        if name.startswith(f"transformer.resblocks.{last}."):
+        if name.startswith(f"transformer.resblocks.{last}.") and last != 22:
             continue
         for theirs, ours in renames.items():
             name = name.replace(theirs, ours)
@@ -790,8 +790,9 @@ def load_text_encoder(path, tensors=None):
     own = find_part(tensors, prefix, [table], f"{path}: this file has no text encoder")
     width = own[table].shape[1]
     own = {name: tensor for name, tensor in (from_openclip(own) if openclip else own).items()
-           if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and "position_ids" not in name}
+           if name.startswith(("embeddings.t", "embeddings.position_e", "encoder.", "final")) and ".23." not in name}
     layers = len({name.split(".")[2] for name in own if name.startswith("encoder.")})
+    openclip = openclip or width == 1024  # Stable Diffusion 2's under Hugging Face's names
     config = dict(width=width, layers=layers, heads=width // 64, quick_gelu=not openclip, pad=0 if openclip else END)
     return open_text_encoder(config, own, f"{path}: the text encoder")
 

@@ -24,7 +24,6 @@ from fractions import Fraction
 import av
 import numpy as np
 import torch
-from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -140,7 +139,7 @@ def find_videos(root):
     files = [file for file in glob.glob("**/*", root_dir=root, recursive=True) if file.lower().endswith(VIDEO_ENDINGS)]
     real, top = {file: os.path.realpath(os.path.join(root, file)) for file in files}, os.path.realpath(root)
     files.sort(key=lambda file: (real[file] == os.path.join(top, file), -file.count(os.sep), file))
-    return sorted({real[file]: file for file in files}.values())  # the last counts
+    return sorted(file for path, file in {real[file]: file for file in files}.items() if not os.path.isdir(path))
 
 
 @contextlib.contextmanager
@@ -151,9 +150,9 @@ def open_video(path):
     try:
         with av.open(os.path.abspath(path), metadata_errors="replace") as file:  # "12:30.mp4" is no protocol
             stream = file.streams.best("video")
-            if not stream or not stream.codec_context or stream.disposition & Disposition.attached_pic:  # a cover
-                raise BadVideo("no video stream that can be decoded")
-            stream.codec_context.thread_count, stream.codec_context.options = 1, {"max_pixels": str(2**26)}
+            if not (of := stream and stream.codec_context) or stream.disposition & av.stream.Disposition.attached_pic:
+                raise BadVideo("no video stream that can be decoded")  # but a cover, for example
+            of.thread_count, of.options = 1, {"max_pixels": str(2**26), "err_detect": "explode"}  # no smeared frames
             yield file, stream
     except (av.error.FFmpegError, OSError, ValueError, OverflowError, IndexError, StopIteration) as error:
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
@@ -165,7 +164,7 @@ def decode(path, span, fraction):
     (.mp4, .mkv and their kin); headers often have a wrong number of frames, so coded frames are counted."""
     with open_video(path) as (file, stream):
         index, start = [entry for entry in stream.index_entries if not entry.is_discard], None  # discarded: edit lists
-        indexed = file.format.name.startswith("mov") and len(stream.index_entries) == stream.frames > 0
+        indexed = "mov" in file.format.name and len({e.timestamp for e in stream.index_entries}) == stream.frames > 0
         packets = (packet for packet in file.demux(stream) if packet.size and not packet.is_discard)
         times = [] if indexed else [packet.pts for packet in packets]
         if (count := len(index if indexed else times)) < span:
@@ -176,7 +175,7 @@ def decode(path, span, fraction):
             head = next(packets)
             ahead = first - [entry.timestamp for entry in index].index(head.dts)
             start = sorted(packet.pts for packet in [head, *itertools.islice(packets, ahead + 16)])[ahead]
-        elif file.format.name.startswith(("mov", "matroska")) and None not in times:
+        elif file.format.name.startswith(("mov", "matroska")) and None not in times and len({*times}) == count:
             start = sorted(times)[first]
     with open_video(path) as (file, stream):
         oblong = float(stream.sample_aspect_ratio or 1)
@@ -204,8 +203,8 @@ def read_clip(path, frames, size=None, stride=1, rng=None):
             if len(clip) < frames:
                 raise BadVideo(f"damaged: only {len(clip)} of {frames} frames can be decoded")
             return np.stack(clip)
-        except BadVideo as error:
-            fault = error
+        except (BadVideo, OSError, ValueError) as error:  # unknown colours, frames that change their size
+            fault = BadVideo(getattr(error, "strerror", None) or str(error))
     raise fault
 
 
@@ -214,14 +213,15 @@ def resize(frame, oblong, size, scaler):
     if frame.is_corrupt:
         raise BadVideo("damaged: frames are corrupt")
     wide = frame.width * oblong  # in square pixels
-    H, W = (frame.height, round(wide)) if size is None else pair(size)[:: -1 if frame.rotation % 180 else 1]
+    matrix = np.frombuffer(frame.side_data.get("DISPLAYMATRIX", np.eye(3, dtype=np.int32)), np.int32).astype(float)
+    turns = round(frame.rotation / 90) if matrix[0] * matrix[4] > matrix[1] * matrix[3] else 0  # mirrored: as stored
+    H, W = (frame.height, round(wide)) if size is None else pair(size)[:: -1 if turns % 2 else 1]
     scale = max(H / frame.height, W / wide)
     height, width = max(H, round(frame.height * scale)), max(W, round(wide * scale))
     if height * width > 2**26:
         raise BadVideo(f"frames of {frame.width}x{frame.height} are too large or too oblong")
     picture = scaler.reformat(frame, width, height, "rgb24", **SCALING).to_ndarray()
-    top, left = (height - H) // 2, (width - W) // 2
-    return np.rot90(picture[top : top + H, left : left + W], frame.rotation // 90)
+    return np.rot90(picture[(height - H) // 2 :, (width - W) // 2 :][:H, :W], turns)
 
 
 def read_picture(path, size=None):
@@ -323,7 +323,6 @@ def folder_rows(root, split=None):
     makeup"). split: the path of a list such as UCF-101's trainlist01.txt; only its videos are used."""
     files = find_videos(root)
     classes = sorted({file.split(os.sep)[0] for file in files if os.sep in file})
-    numbers = {name: number for number, name in enumerate(classes)}
     kept = [file for file in files if os.sep in file or not classes]
     about = f"; {len(files) - len(kept)} outside its class folders left out" * (len(kept) < len(files))
     if split:  # lines such as "Archery/v_Archery_g08_c01.avi 3"; .avi may have become .mp4
@@ -337,7 +336,7 @@ def folder_rows(root, split=None):
         name, text = file.split(os.sep)[0] if classes else "", os.path.join(root, os.path.splitext(file)[0] + ".txt")
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\W_]+", " ", name).strip().lower()
         caption = " ".join(read_text(text).split()) if os.path.exists(text) else words
-        rows.append((file, numbers.get(name, 0), caption))
+        rows.append((file, classes.index(name) if classes else 0, caption))
     return rows, classes, about
 
 

@@ -314,11 +314,3 @@ def test_a_nan_step_leaves_the_weights_and_is_counted_and_five_in_a_row_end_the_
     assert "NaN" in lines[-1] and "--lr" in lines[-1] and "Traceback" not in "".join(lines)
     assert [row["skipped"] for row in rows_of(run, stage)[-8:]] == ["0", "0", "1", "1", "2", "3", "4", "5"]
     assert step_of(run, stage) == step + 9 and all(tensor.isfinite().all() for tensor in trained(run, stage).values())
-
-
-@each_stage
-def test_a_compiler_that_fails_does_not_end_the_run(stage, start, ends, copy):
-    run = copy("run", *before(stage))
-    broken = [("torch._dynamo.convert_frame.trace_frame", "fail", *range(1, 1000))]
-    done = ends(0, start(stage, run, "--steps 2 --compile", at=broken))
-    assert "broken on purpose" in done.stderr and step_of(run, stage) == 2

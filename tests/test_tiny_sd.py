@@ -29,9 +29,6 @@ def test_the_shipped_file_has_the_names_shapes_and_type_that_its_script_writes()
         found = {name: (file.get_tensor(name).shape, file.get_tensor(name).dtype) for name in file.keys()}
         assert file.metadata()["made_by"].startswith("python tools/tiny_sd.py")
     assert found == expected and os.path.getsize(TINY_SD) < 16e6
-    # Some of the real file's names, by heart
-    assert {"first_stage_model.quant_conv.weight", "model.diffusion_model.out.2.bias",
-            "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"} < expected.keys()
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,7 @@ def print_memory(presets):
     """For each preset and stage, without and with --checkpointing: what its batch on eight GPUs needs of each, in one
     pass; and how many clips a pass fit GPUs of 24, 48 and 80 GB, of which a tenth is left free. States: the weights,
     gradients, Adam's two moments, in stages 2 and 3 the average, and the frozen models in half precision."""
-    print("preset      stage        states GiB  clips a GPU  saved GiB   peak GiB   clips a pass in 24 GB  48 GB  80 GB")
+    print("preset      stage        states GiB  clips a GPU  saved GiB   peak GiB  clips a pass in 24 GB  48 GB  80 GB")
     for preset, stage in itertools.product(presets, STAGES):
         clips = 3 if stage == "autoencoder" else 32
         with torch.device("meta"):
@@ -255,7 +255,7 @@ def print_memory(presets):
             each, fixed = (twice - some) / clips, 2 * some - twice
             fits = [max(0, int((0.9 * card * 1e9 - states - fixed) // each)) for card in (24, 48, 80)]
             print(f"{preset:<12}{stage:<12}{states / 2**30:>7.1f}    {clips:>13}{kept / 2**30:>7.1f}    "
-                  f"{some / 2**30:>7.1f}    {fits[0]:>24}{fits[1]:>7}{fits[2]:>7}{'  --checkpointing' * checkpointing}",
+                  f"{some / 2**30:>7.1f}    {fits[0]:>23}{fits[1]:>7}{fits[2]:>7}{'  --checkpointing' * checkpointing}",
                   flush=True)
 
 

@@ -54,7 +54,7 @@ def say(what, **figures):
     """Prints a row."""
     figures = {name: round(value, 4 - math.ceil(math.log10(abs(value) + 1e-9))) if isinstance(value, float) else value
                for name, value in figures.items()}
-    print(f"{args.part[0]:<11} {what:<28} " + "  ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
+    print(f"{args.part[0]:<11} {what:<28}", *(f" {name} {value}" for name, value in figures.items()), flush=True)
 
 
 @contextlib.contextmanager
@@ -136,8 +136,8 @@ def models():
                 results += [out, torch.cat([w.grad.flatten() for w in own.parameters() if w.grad is not None])]
             errors = list(map(far, results[2:], results[:2] * 2))
             good = all(x < most for x, most in zip(errors, (1e-4, 1e-3, 0.1, 0.3)))
-            say(name, verdict="ok" if good else "WRONG", **{name: f"{out:.1e} gradients {back:.1e}" for name, out, back in (
-                ("float32", *errors[:2]), ("bfloat16", *errors[2:]))})
+            say(name, verdict="ok" if good else "WRONG", float32="{:.1e} gradients {:.1e}".format(*errors[:2]),
+                bfloat16="{:.1e} gradients {:.1e}".format(*errors[2:]))
 
 
 def training_step(stage, model, image, inputs, half):
@@ -278,7 +278,8 @@ def attention():
     mask = torch.block_diag(*[torch.ones(16, 16)] * 8).bool().to(args.device)
     for view, without in (("b (n p h) l d", ""), ("(b n p) h l d", ""), ("(b n) h (p l) d", "flash formula compiled"),
                           ("(b l) h (n p) d", "math formula compiled")):  # p l: 8 places in one sequence, with a mask
-        ways = dict(default=F.scaled_dot_product_attention, formula=formula, compiled=torch.compile(formula, **args.compile))
+        ways = dict(default=F.scaled_dot_product_attention, formula=formula,
+                    compiled=torch.compile(formula, **args.compile))
         ways |= {name: partial(by, backend) for name, backend in BACKENDS.items()}
         for name in [name for name in ways if name not in without.split()]:
             def layer():
@@ -326,7 +327,8 @@ def run_parts():
     """Runs the parts as processes, and ends the last one when the time is over."""
     end = time.time() + args.seconds
     for number, part in enumerate(args.part):
-        with subprocess.Popen([sys.executable, *sys.argv, "--alone", "--part", part], start_new_session=True) as process:
+        own = [sys.executable, *sys.argv, "--alone", "--part", part]
+        with subprocess.Popen(own, start_new_session=True) as process:
             try:
                 process.wait(end - time.time())
             except subprocess.TimeoutExpired:
