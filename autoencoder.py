@@ -558,7 +558,7 @@ def main():
             dist.all_reduce(stopping)
         due, seconds = (done == last or done % args.preview_every == 0) and not stopping, time.perf_counter() - since
         if due and rank == 0:
-            picture, number = f"{run_dir}/previews/autoencoder-{done:06d}.png", 240 if done == last else 32
+            picture, number = f"{run_dir}/previews/autoencoder-{done:06d}.png", 64 if done == last else 32
             scores = evaluate(model, image, test_set, number, picture, device, stop)
         if due or done % args.log_every == 0:
             average = torch.stack(losses or [loss * math.nan]).mean() / world
