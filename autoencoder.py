@@ -574,7 +574,6 @@ def main():
                     table.writeheader()
                     table.writerows(rows)
                 os.replace(f"{run_dir}/autoencoder.csv.tmp", f"{run_dir}/autoencoder.csv")
-        if done % args.log_every == 0:
             losses, since = [], time.perf_counter()
         if done == last or stopping or done % args.save_every == 0:
             save(done)

@@ -504,7 +504,6 @@ def main():
                     table.writeheader()
                     table.writerows(rows)
                 os.replace(f"{run_dir}/content.csv.tmp", f"{run_dir}/content.csv")
-        if done % args.log_every == 0:
             losses, since = [], time.perf_counter()
         if done == last or stopping or done % args.save_every == 0:
             save(done)
@@ -774,6 +773,8 @@ def from_openclip(tensors):
 
 def open_text_encoder(config, weights, what="the run folder's text encoder"):
     """A frozen TextEncoder, float32, on the CPU, from its state() in a checkpoint."""
+    if weights is None:  # in the models that come with the code
+        return load_text_encoder(TINY_SD)
     with torch.device("meta"):
         encoder = TextEncoder(**config)
     load_weights(encoder, weights, what)

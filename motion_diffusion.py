@@ -395,7 +395,6 @@ def main():
                     table.writeheader()
                     table.writerows(rows)
                 os.replace(f"{run_dir}/motion.csv.tmp", f"{run_dir}/motion.csv")
-        if done % args.log_every == 0:
             losses, since = [], time.perf_counter()
         if done == last or stopping or done % args.save_every == 0:
             save(done)

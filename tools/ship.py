@@ -10,18 +10,16 @@ import sys
 
 import torch
 
-
-def main():
-    run_dir, out = sys.argv[1:]
-    os.makedirs(out, exist_ok=True)
-    for stage in ("autoencoder", "content", "motion"):
-        state = torch.load(f"{run_dir}/{stage}.pt", "cpu", weights_only=True)
-        weights = "model" if stage == "autoencoder" else "ema"
-        small = {name: state[name] for name in state if name not in ("model", "ema", "optimizer", "rows")}
-        small[weights] = {name: tensor.half() for name, tensor in state[weights].items()}
-        torch.save(small, f"{out}/{stage}.pt")
-        print(f"{out}/{stage}.pt: {os.path.getsize(f'{out}/{stage}.pt') / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    main()
+run_dir, out = sys.argv[1:]
+os.makedirs(out, exist_ok=True)
+for stage in ("autoencoder", "content", "motion"):
+    state = torch.load(f"{run_dir}/{stage}.pt", "cpu", weights_only=True)
+    weights = "model" if stage == "autoencoder" else "ema"
+    small = {name: state[name] for name in state if name not in ("model", "ema", "optimizer", "rows")}
+    small[weights] = {name: tensor.half() for name, tensor in state[weights].items()}
+    paths = {name: os.path.relpath(value) for name, value in state["args"].items() if name in ("sd", "text") and value}
+    small["args"] = state["args"] | paths | dict(run_dir=out)
+    if small.get("text_encoder"):  # the scripts read that of tools/tiny-sd.safetensors
+        small["text_encoder"]["weights"] = None
+    torch.save(small, f"{out}/{stage}.pt")
+    print(f"{out}/{stage}.pt: {os.path.getsize(f'{out}/{stage}.pt') / 1e6:.1f} MB")
