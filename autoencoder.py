@@ -7,12 +7,12 @@ H' = H / patch, W' = W / patch. After training it encodes the data set into the 
     python autoencoder.py                                            # moving shapes, minutes on a CPU
     python autoencoder.py --preset shapes_text                       # the same for text to video, on latents
     python autoencoder.py --preset ucf101 --data UCF-101             # or a folder of your own videos
-    torchrun --nproc-per-node 8 autoencoder.py --preset ucf101 --data UCF-101
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 autoencoder.py ...
 """
 
 import argparse
 import csv
+import ctypes
 import hashlib
 import math
 import os
@@ -34,6 +34,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+
+if sys.platform == "linux":  # keep freed memory instead of returning it to the system: on a CPU a sixth less time
+    [ctypes.CDLL(None).mallopt(option, 2**30) for option in (-1, -3)]  # the thresholds of trimming and of mmap
 
 # ---- The video autoencoder and its loss -----------------------------------------------------------------------------
 
@@ -455,7 +458,7 @@ def main():
         if len(set(found)) > 1:
             raise SystemExit(f"the ranks see different checkpoints in {run_dir}, or different videos in {args.data}")
     videos = saved["videos"] if saved else dataset.identity
-    if saved and saved["step"] < args.steps and videos != dataset.identity:
+    if saved and not encode and videos != dataset.identity and (saved["identity"] or saved["step"] < args.steps):
         raise SystemExit(f"{path} was trained on other videos than those of {args.data}: give it those, encode the new "
                          "ones with --encode, or choose another --run-dir")
     first, fps = saved["step"] if saved else 0, dataset.frame_rate()
@@ -470,8 +473,7 @@ def main():
     image = image_weights and open_image_autoencoder(image_weights, device)
     factor = image.factor if image else 1
     if any(n % (factor * args.patch) for n in args.size):
-        raise SystemExit(f"--size {' '.join(map(str, args.size))}: height and width must be multiples of "
-                         f"{factor * args.patch}")
+        raise SystemExit(f"--size {' '.join(map(str, args.size))}: both must be multiples of {factor * args.patch}")
     config = {name: getattr(args, name) for name in (
         "channels", "frames", "patch", "width", "motion_channels", "depth", "heads", "content", "smooth")}
     config |= dict(size=[n // factor for n in args.size], squash=image is None)

@@ -398,8 +398,7 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
 # ---- Encodings: what stage 1 writes, and stages 2 and 3 read --------------------------------------------------------
 # encodings/shard-00000.safetensors, up to --shard-size clips each; the last one holds up to 64 test clips:
 #   content float16 (N, C, H, W), motion float16 (N, D, L, H'+W') as the autoencoder gives it, label int64 (N,),
-#   sums float64 (2, D), of the motion and of its square, by channel; metadata: captions, a JSON list, and identity, a
-#   hash of the autoencoder, the clips and the flags they were made with
+#   sums float64 (2, D), of the motion and of its square, by channel; metadata: captions (JSON), identity (see stage 1)
 
 def write_shard(run_dir, number, identity, content, motion, labels, captions):
     """Writes a shard whole or not at all."""

@@ -272,7 +272,7 @@ def test_other_videos_or_another_seed_are_refused_when_training_goes_on(start, e
         os.rename(tmp_path / "moved" / f"{i}.mp4", tmp_path / "moved" / f"new{i}.mp4")
     refused(f"{again} --data {tmp_path}/moved", "videos", f"{tmp_path}/moved")
     ends(0, start("autoencoder", run, f"--encode --data {tmp_path}/moved"))  # these may be encoded, not trained on
-    refused(again, "videos", f"{tmp_path}/moved")
+    refused(again.replace("4", "3"), "videos", f"{tmp_path}/moved")
 
 
 def test_ranks_may_read_copies_of_the_videos_with_other_dates_but_not_other_videos(processes, ends, tmp_path):
