@@ -286,7 +286,7 @@ def read_flags():
     run_dir, saved = given.run_dir or f"runs/{preset}", None
     path, source = f"{run_dir}/autoencoder.pt", given.encode or run_dir
     if os.path.exists(path) and not (source == run_dir if encode else given.resume):
-        raise SystemExit(f"{path} exists: --resume without --encode goes on with it, another --run-dir is a new run")
+        raise SystemExit(f"{path} exists: --resume alone goes on with it, another --run-dir starts a new run")
     if encode or os.path.exists(path):
         saved = data.load_checkpoint(f"{source}/autoencoder.pt")
     parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
@@ -383,8 +383,8 @@ def encode_dataset(args, model, image, dataset, indices, test_set, rank, world, 
     model.motion_mean.copy_(mean)
     model.motion_std.copy_((square - mean**2).clamp_min(1e-12).sqrt())
     if rank == 0:
-        print(f"encoded {sum(counts)} clips into {args.run_dir}/encodings; {total - sum(counts)} left out, of videos "
-              "that are too short or unreadable")
+        print(f"encoded {sum(counts)} clips for training into {args.run_dir}/encodings; {total - sum(counts)} left "
+              "out, of videos that are too short or unreadable")
     return identity, counts
 
 
@@ -459,8 +459,8 @@ def main():
             raise SystemExit(f"the ranks see different checkpoints in {run_dir}, or different videos in {args.data}")
     videos = saved["videos"] if saved else dataset.identity
     if saved and not encode and videos != dataset.identity and (saved["identity"] or saved["step"] < args.steps):
-        raise SystemExit(f"{path} was trained on other videos than those of {args.data}: give it those, encode the new "
-                         "ones with --encode, or choose another --run-dir")
+        raise SystemExit(f"{path} was trained on other videos than those of {args.data}: give it those, train anew, or "
+                         f"encode these by --encode {run_dir} --run-dir NEW and train stages 2 and 3 in NEW")
     first, fps = saved["step"] if saved else 0, dataset.frame_rate()
     clips = data.load(dataset, data.batch_keys(indices, args.batch_size, args.seed, first, rank, world), args.workers)
 

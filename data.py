@@ -287,7 +287,7 @@ class Videos(torch.utils.data.Dataset):
             except BadVideo as error:
                 fault = f"{self.path(chosen)!r}: {error}"
                 if not self.named[chosen]:
-                    print(f"left out: {fault}", file=sys.stderr, flush=True)
+                    print(f"\nleft out: {fault}", file=sys.stderr, flush=True)
                 self.named[chosen] = True
         if self.replace:
             raise RuntimeError(f"20 videos in a row cannot be used; the last is {fault}")
@@ -380,8 +380,8 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
         raise SystemExit("--split is for a folder of videos without --captions: drop it")
     root = data if captions or not listed else os.path.dirname(os.path.abspath(data))
     rows, classes, about = csv_rows(captions or data) if listed else folder_rows(data, split)
-    about = (f"{data}: {len(rows)} videos, {len(classes) or 'no'} classes "
-             f"{', '.join(classes[:3])}{', ...' * (len(classes) > 3)}{about}")
+    about = (f"{data}: {len(rows)} videos, {len(classes) or 'no'} classes{' ' * bool(classes)}"
+             f"{', '.join(classes[:3])}{', ...' * (len(classes) > 3)}{about}; {len({row[2] for row in rows})} captions")
     hashed, other = sorted(rows, key=lambda row: digest(row[0])), split and split.replace("trainlist", "testlist")
     if split != other and os.path.exists(other):
         tests = sorted(folder_rows(data, other)[0], key=lambda row: digest(row[0]))

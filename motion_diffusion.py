@@ -199,7 +199,7 @@ def read_flags():
             raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
     if saved and saved["identity"] != stage1["identity"]:
-        raise SystemExit(f"{path} was trained on other encodings than those in {run_dir}: choose another --run-dir")
+        raise SystemExit(f"{path} is of other encodings than {run_dir} has: `--encode {run_dir} --run-dir NEW`")
     if args.preset.startswith("webvid") and not args.text:
         raise SystemExit(f"--preset {args.preset} needs --text: a raw file with the captions' text encoder")
     return args, stage1, saved
@@ -228,10 +228,10 @@ def new_model(args, motion_shape, content_shape, classes):
 
 @torch.no_grad()
 def preview(args, step, ema, diffusion, condition_of, dataset, mean, std, autocast):
-    """Writes a picture of 8 clips (4 on latents): stored content, motion by 25 DDIM steps. Returns the test loss."""
+    """Writes a picture of up to 8 clips: stored content, motion by 25 DDIM steps. Returns the test loss."""
     device = mean.device
     autoencoder, image, _ = load_autoencoder(args.run_dir, device)
-    batch = torch.utils.data.default_collate([dataset[i] for i in range(min(4 if image else 8, len(dataset)))])
+    batch = torch.utils.data.default_collate([dataset[i] for i in range(0, len(dataset), len(dataset) // 8 + 1)])
     content = batch["content"].to(device)
     condition = condition_of(batch)
     noise = torch.randn(len(content), *dataset.motion_shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -178,7 +178,7 @@ def read_wishes(args, with_text, classes):
     labels = [i for i, name in enumerate(names) if args.label in (None, name)]
     labels = labels or [i for i in range(len(names)) if args.label == str(i)]  # a number, unless it is a name
     if not labels:
-        raise SystemExit(f"--label {args.label} is not one of the {len(names)} classes: {', '.join(names[:24])}, ...")
+        raise SystemExit(f"--label {args.label} is none of the {len(names)} classes, {', '.join(names[:12])}")
     wishes = [labels[i % len(labels)] for i in range(args.num or 24)]
     return wishes, [names[label] for label in wishes]
 

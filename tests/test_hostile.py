@@ -239,7 +239,7 @@ def test_unusable_videos_are_named_once_and_replaced_by_training_videos_only(tmp
     assert all(clip == list(range(clip[0], clip[0] + 4)) for clip in found)
     assert {clip[0] // 8 for clip in found} == good and {clip[0] % 8 for clip in found} == {*range(5)}
     assert all(torch.equal(train[key]["video"], clip) for key, clip in zip(sum(keys, []), clips))  # also here
-    named = capfd.readouterr().err.splitlines()
+    named = [line for line in capfd.readouterr().err.splitlines() if line]
     for name in {*train.paths} & reasons.keys():
         [line] = [line for line in named if f"left out: {f'{tmp_path}/{name}'!r}: " in line]
         assert reasons[name] in line and line.isprintable(), line
