@@ -309,7 +309,7 @@ def read_flags():
             raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
     if saved and saved["identity"] != stage1["identity"]:
-        raise SystemExit(f"{path} is of other encodings than {run_dir} has: `--encode {run_dir} --run-dir NEW`")
+        raise SystemExit(f"{path} is of other encodings: autoencoder.py --encode {run_dir} --run-dir NEW, train in NEW")
     return args, stage1, saved
 
 

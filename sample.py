@@ -58,7 +58,7 @@ class Sampler:
         model, text, diffusion, state = load_stage(self.args.run_dir)
         if state["identity"] != self.state["identity"]:
             raise SystemExit(f"{self.args.run_dir}/{name} was trained on other encodings than its autoencoder.pt has "
-                             "now: train it again, in another --run-dir")
+                             f"now: `autoencoder.py --encode {self.args.run_dir} --run-dir NEW`, and train it in NEW")
         if state["step"] < state["args"]["steps"]:
             print(f"{self.args.run_dir}/{name} is unfinished: step {state['step']} of {state['args']['steps']}")
         model = model.requires_grad_(False).eval().to(self.device, self.dtype)
@@ -178,7 +178,7 @@ def read_wishes(args, with_text, classes):
     labels = [i for i, name in enumerate(names) if args.label in (None, name)]
     labels = labels or [i for i in range(len(names)) if args.label == str(i)]  # a number, unless it is a name
     if not labels:
-        raise SystemExit(f"--label {args.label} is none of the {len(names)} classes, {', '.join(names[:12])}")
+        raise SystemExit(f"--label {args.label} is none of the {len(names)} classes, such as {', '.join(names[:12])}")
     wishes = [labels[i % len(labels)] for i in range(args.num or 24)]
     return wishes, [names[label] for label in wishes]
 

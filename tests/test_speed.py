@@ -44,8 +44,7 @@ def small(name, checkpointing):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_attention_never_holds_its_whole_matrix_and_bfloat16_changes_little(name):
-    """In the image autoencoder it would be 8192 x 8192 at 512x1024. Only the fused kernels avoid it, and where they
-    cannot be used, because of strides for example, this is an error."""
+    """In the image autoencoder it would be 8192 x 8192 at 512x1024. An error where no fused kernel can be used."""
     model, inputs = small(name, False)
     expected = model(*inputs)
     with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION), FlopCounterMode(display=False) as counter:

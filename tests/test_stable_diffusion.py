@@ -286,6 +286,7 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, kind):
     save_file(tensors | more, path := tmp_path / "sd.safetensors")
     with pytest.raises(SystemExit, match=re.escape(str(path)) + ".*" + words) as caught:
         load_stable_diffusion(path)
+    assert kind != "SDXL" or pytest.raises(SystemExit, load_image_autoencoder, path).match("XL")
     assert "\n" not in str(caught.value)
 
 
