@@ -2,15 +2,14 @@
 
     OMP_NUM_THREADS=1 python tools/ablations.py out/ablations --seeds 3      # repeat the command to go on
 
-For each row of TABLES and each seed it trains what the row needs, draws --num clips without loss, and scores them with
-judge.py, whose real clips no run sees. The folder gets scores.csv, a line for each seed and row, and table.md, mean and
-deviation over the seeds. Clips are drawn in 20 steps, which judge.py does not tell from 50 and 100.
+For each row of TABLES and each seed it trains what the row needs, draws --num clips without loss, in 20 steps, and
+scores them with judge.py. The folder gets scores.csv, a line for each seed and row, and table.md, mean and deviation.
 
 For a row of your own add a line to one of the TABLES, such as `"8, wider": (dict(motion="--model S"),
-"--predict-motion", "-"),`, and repeat the command: what is in scores.csv stays, and the new row is trained, drawn and
-scored with each of the three seeds. A row is compared with its table's first: where the difference of the means is not
-more than the two deviations together, it is `not shown`. Distance is judge.py's; PSNR is against the real clip that one
-was made from; motion is the share named right; variety is the deviation within a class, where real clips have 1.
+"--predict-motion", "-"),`, and repeat the command: what is in scores.csv stays. A row is compared with its table's
+first: where the difference of the means is not more than the two deviations together, it is `not shown`. Distance is
+judge.py's; PSNR is against the real clip that one was made from; motion is the share named right; variety is the
+deviation within a class, where real clips have 1.
 """
 
 import argparse

@@ -2,10 +2,9 @@
 
     OMP_NUM_THREADS=1 python tools/baselines.py dit out/dit --seconds 1573     # a video DiT; repeat it to go on
     pip install video-diffusion-pytorch && OMP_NUM_THREADS=1 python tools/baselines.py unet out/unet --seconds 1573
-    python tools/baselines.py table out/dit/guidance-2 out/unet/guidance-2   # judges clips like tools/judge.py
+    python tools/judge.py out/dit/guidance-2 out/unet/guidance-2
 
-The DiT cuts all 16 frames into patches of 8 frames by 4x4 pixels; the class enters by AdaLN. The 3-D U-Net takes frames
-whose 4x4 pixels are folded into channels. Both predict clean clips by our Diffusion, and see no clip twice.
+Both predict clean clips by our Diffusion, and see no clip twice.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import resource
 import sys
 import time
 
-import judge
 import torch
 import torch.nn as nn
 from bench import macs
@@ -25,15 +23,14 @@ from einops import rearrange
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
 from content_diffusion import Diffusion, DiT, ddim
-from fvd import frechet_distance
 
 CLASSES, DIFFUSION = data.MovingShapes.classes, Diffusion("linear", "x")
 NONE = len(CLASSES)  # the label of a dropped class
 
 
 class VideoDiT(nn.Module):
-    """model(x, t, labels): clips x (B, 3, 16, 32, 32), t (B,) in 0..999, labels (B,) in 0..12 -> x's shape. A DiT of
-    pictures: the colours of 8 frames are their 24 channels, and the other 8 frames lie below the first."""
+    """model(x, t, labels): clips x (B, 3, 16, 32, 32), t (B,) in 0..999, labels (B,) in 0..12 -> x's shape. Patches are
+    of 8 frames by 4x4 pixels: a DiT of pictures of 24 channels, the second 8 frames below the first."""
 
     def __init__(self, width=128, depth=4):
         super().__init__()
@@ -45,7 +42,7 @@ class VideoDiT(nn.Module):
 
 
 class VideoUNet(nn.Module):
-    """The same with the 3-D U-Net of Ho et al. (2022), as Phil Wang wrote it."""
+    """The same with the 3-D U-Net of Ho et al. (2022), as Phil Wang wrote it, 4x4 pixels folded into channels."""
 
     def __init__(self, width=16, depth=3):
         super().__init__()
@@ -112,25 +109,10 @@ def draw(args, model, out):
     return (time.process_time() - start) / args.num
 
 
-def table(folders):
-    model, (real, real_labels) = judge.train(), judge.draw_classes(range(2400), judge.REFERENCE)
-    print("| | right | motion | Frechet | spread | training s | steps | GMACs a clip | s a clip | GB |")
-    print(10 * "|---" + "|")
-    for folder in folders:
-        videos, labels = judge.read_clips(folder)
-        labels = labels[:, 1:]
-        same = judge.classify(model, videos) == labels
-        right, motion = same.all(1).float().mean(), same[:, 1].float().mean()
-        distance = frechet_distance(judge.features(model, real), judge.features(model, videos))
-        spread = " ".join(f"{x:.2f}" for x in judge.spread(videos, labels) / judge.spread(real, real_labels))
-        with open(f"{folder}/figures.txt") as file:
-            print(f"| {folder} | {right:.1%} | {motion:.1%} | {distance:.2f} | {spread} | {file.read().strip()} |")
-
-
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 add = parser.add_argument
-add("what", choices=["dit", "unet", "table"])
-add("folders", nargs="+", help="a new folder to train in; for the table, folders of clips")
+add("what", choices=["dit", "unet"])
+add("folder", help="a new one, to train in")
 add("--sizes", type=int, nargs=2, default=[], help="width and depth: 128 4 (dit), 16 3 (unet) by default")
 add("--seconds", type=float, default=1573, help="CPU seconds of training")
 add("--lr", type=float, default=2e-3)
@@ -138,14 +120,11 @@ add("--seed", type=int, default=0)
 add("--num", type=int, default=240, help="clips to draw")
 add("--guidance", type=float, default=2.0, help="1: none")
 args = parser.parse_args()
-if args.what == "table":
-    table(args.folders)
-    sys.exit()
 torch.manual_seed(args.seed)
 model = (VideoDiT if args.what == "dit" else VideoUNet)(*args.sizes)
 cost = sum(macs(lambda: model(torch.zeros(1, 3, 16, 32, 32), torch.zeros(1), torch.zeros(1).long()))) / 1e9 * 50
-os.makedirs(out := f"{args.folders[0]}/guidance-{args.guidance:g}", exist_ok=True)
-model, seconds, steps = train(args, args.folders[0], model)
+os.makedirs(out := f"{args.folder}/guidance-{args.guidance:g}", exist_ok=True)
+model, seconds, steps = train(args, args.folder, model)
 each, memory = draw(args, model, out), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-with open(f"{out}/figures.txt", "w") as file:
-    file.write(f"{seconds:.0f} | {steps} | {cost * (1 + (args.guidance != 1)):.1f} | {each:.2f} | {memory:.2f}\n")
+print(f"{out}: {steps} steps in {seconds:.0f} CPU seconds; a clip {cost * (1 + (args.guidance != 1)):.1f} GMACs, "
+      f"{each:.2f} CPU seconds; {memory:.2f} GB")

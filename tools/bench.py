@@ -1,32 +1,33 @@
-"""Computes what the models cost: operations and memory, and hours of the paper's runs. Nothing is run or measured.
+"""Computes what the models cost: multiply-accumulates, memory and hours. Nothing is run, but for --time.
 
     python tools/bench.py --count --preset webvid_sd21        # one clip's multiply-accumulates
-    python tools/bench.py --memory                            # what training needs of a GPU's memory
-    python tools/bench.py --plan --rate 660 --mfu 0.45        # hours and bytes of the paper's runs
+    python tools/bench.py --training --tflops 450             # memory and hours of the paper's runs, on your GPU
+    python tools/bench.py --headline --time 256 256           # beside ModelScope's text-to-video; seconds on this CPU
 
-T are 10**12 multiply-accumulates of one clip: as the paper counts them, of convolutions and linear layers alone, and in
-full. What a GPU makes of them, tools/gpu.py measures.
+T are 10**12 multiply-accumulates of one clip: as the paper counts them (its TFLOPs), of convolutions and linear layers
+alone, and in full. What a GPU makes of them, tools/gpu.py measures.
 """
 
 import argparse
 import contextlib
+import gc
 import itertools
 import math
 import os
 import sys
+import time
 import unittest.mock
-import weakref
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from autoencoder import Autoencoder, ImageAutoencoder
+from autoencoder import Autoencoder, ImageAutoencoder, from_pixels, to_pixels
 from content_diffusion import DiT, TextEncoder, UNet
 from motion_diffusion import MotionDiT
 
@@ -48,29 +49,15 @@ PRESETS = {  # the scripts' presets (tables 5 to 7): pixels, and what the models
 STAGES = ("autoencoder", "content", "motion")
 
 
-# ---- Counting -----------------------------------------------------------------------------------------------------
-
-class CountAttention(TorchFunctionMode):
-    """Counts the multiply-accumulates of attention instead of computing it: the result only has the right shape."""
-
-    macs = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs or {})
-        query, key = args[:2]
-        self.macs += 2 * query.numel() * key.shape[-2]  # query times key, and that times value
-        return torch.empty_like(query)
-
-
 def macs(call):
     """Multiply-accumulates of call(): (of convolutions and linear layers, of attention). On the meta device nothing is
-    computed. Products of two batches of matrices count as attention: it may be written by its formula."""
-    counter, attention = FlopCounterMode(display=False), CountAttention()
-    with torch.inference_mode(False), torch.no_grad(), counter, attention:
+    computed. Attention is computed by its formula: products of two batches of matrices are its."""
+    counter = FlopCounterMode(display=False)
+    with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         call()
-    batched = sum(count for operator, count in counter.get_flop_counts()["Global"].items() if "bmm" in str(operator))
-    return (counter.get_total_flops() - batched) // 2, attention.macs + batched // 2  # two operations each
+    counts = counter.get_flop_counts().get("Global", {})
+    batched = sum(count for operator, count in counts.items() if "bmm" in str(operator))
+    return (counter.get_total_flops() - batched) // 2, batched // 2  # two operations each
 
 
 # ---- The three stages with random weights ----------------------------------------------------------
@@ -82,6 +69,13 @@ def image_autoencoder(preset):
     model = ImageAutoencoder(**PRESETS[preset]["image"]).requires_grad_(False).eval()
     half = model.quant_conv.weight.is_cuda  # as in the scripts
     return model.to(dtype=torch.float16 if half else torch.float32, memory_format=torch.channels_last)
+
+
+def vary(model):
+    """Moves all weights: the last layers of a new DiT are zero."""
+    for weight in model.parameters():
+        weight.data.add_(0.02 * torch.randn_like(weight))
+    return model
 
 
 def make_model(stage, preset, size=None):
@@ -99,10 +93,7 @@ def make_model(stage, preset, size=None):
     else:
         model = DiT(channels, frame, **p["content"])
     model.frame = (channels, *frame)
-    with torch.no_grad():
-        for weight in model.parameters():  # the last layers of a new DiT are zero
-            weight.add_(0.02 * torch.randn_like(weight))
-    return model
+    return vary(model)
 
 
 def make_inputs(stage, model, preset, batch, size=None):
@@ -116,11 +107,6 @@ def make_inputs(stage, model, preset, batch, size=None):
     if stage == "content":
         return [rest[1], rest[0], rest[2]]
     return [torch.randn(batch, model.motion_channels, model.frames, model.columns), *rest]
-
-
-def fold(call, video):
-    """call, of an image autoencoder, on all frames of clips (B, C, L, H, W)."""
-    return call(video.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(video), -1)).transpose(1, 2)
 
 
 def make_stage(stage, preset, batch, size=None):
@@ -138,12 +124,10 @@ def forward_macs(what, preset, size=None):
             return macs(lambda: model(*inputs))
         model, inputs, image = make_stage("autoencoder", preset, 1, size)
         if what == "images":
-            return macs(lambda: fold(image.encode, *inputs)) if image else (0, 0)
+            return macs(lambda: from_pixels(*inputs, image))
         latents = torch.empty(1, model.channels, model.frames, *model.size)
         return macs(lambda: model.encode(latents) if what == "encoder" else model(latents))
 
-
-# ---- Sampling -------------------------------------------------------------------------------------------------------
 
 def sampling_macs(preset, steps, motion_steps, guidance, size=None):
     """{part: (as the paper counts, in full)}: multiply-accumulates of one clip. The paper counts one branch of
@@ -156,16 +140,10 @@ def sampling_macs(preset, steps, motion_steps, guidance, size=None):
     with torch.device("meta"):
         model, image = make_model("autoencoder", preset, size), image_autoencoder(preset)
         frame, motion = torch.empty(1, *model.content_shape), torch.empty(1, *model.motion_shape)
+        video = frame.unsqueeze(2).expand(-1, -1, model.frames, -1, -1)
         parts["decoder"] = forward_macs("autoencoder", preset, size)[0], sum(macs(lambda: model.decode(frame, motion)))
-        parts["images"] = 0, sum(macs(lambda: image.decode(frame.expand(model.frames, -1, -1, -1)))) if image else 0
+        parts["images"] = 0, sum(macs(lambda: to_pixels(video, image)))
     return parts
-
-
-def print_count(preset, *flags):
-    parts = sampling_macs(preset, *flags)
-    paper, full = (sum(part[i] for part in parts.values()) / 1e12 for i in (0, 1))
-    print(f"{preset}, a clip: {paper:.4g} T as the paper counts (its TFLOPs), {full:.4g} T in full: "
-          + ", ".join(f"{name} {part[1] / 1e12:.4g}" for name, part in parts.items()))
 
 
 # ---- Memory, computed on fake tensors, which have shapes but no values ----------------------------------------------
@@ -175,43 +153,23 @@ def flash(q, k, v, *_, is_causal=False, **__):
     return torch.ops.aten._scaled_dot_product_flash_attention(*(x.bfloat16() for x in (q, k, v)), 0.0, is_causal)[0]
 
 
-class Memory(TorchDispatchMode):
-    """Counts the bytes of all tensors made within it, those of `model` not: `now` alive, and most alive at any time."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.now = self.peak = 0
-        own = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-        self.alive = {tensor.untyped_storage()._cdata for tensor in own}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **kwargs or {})
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
-                storage = tensor.untyped_storage()
-                self.alive.add(storage._cdata)
-                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-        return results
-
-    def freed(self, key, size):
-        self.alive.remove(key)
-        self.now -= size
-
-
 @contextlib.contextmanager
-def fake(*modules):
-    """Fake tensors, in these modules of the meta device too. They say that they are on the CPU: a backward pass asks
-    for a real GPU, and a forward pass takes the same on both."""
-    with FakeTensorMode(), unittest.mock.patch.object(F, "scaled_dot_product_attention", flash):
-        for module in [part for module in modules for part in module.modules()]:
+def fake(model, attention=flash):
+    """Fake tensors, in a model of the meta device too. They say that they are on the CPU: a backward pass asks for a
+    real GPU, and a forward pass takes the same on both."""
+    with FakeTensorMode(), unittest.mock.patch.object(F, "scaled_dot_product_attention", attention):
+        for module in model.modules():
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
                         table[name].requires_grad_(tensor.requires_grad)
         yield
+
+
+def alive(tracker, when):
+    """Bytes of all tensors, "current" or at the "peak"."""
+    return sum(device["Total"] for device in tracker.get_tracker_snapshot(when).values())
 
 
 def activation_bytes(stage, preset, batch, checkpointing):
@@ -228,81 +186,164 @@ def activation_bytes(stage, preset, batch, checkpointing):
         inputs = make_inputs(stage, model, preset, batch)
         if stage == "autoencoder":
             inputs = [torch.empty(batch, model.channels, model.frames, *model.size)]
-        with Memory(model) as memory:
+        tracker = MemTracker()
+        tracker.track_external(model, *inputs)
+        with tracker:
+            before = alive(tracker, "current")
             with torch.autocast("cpu", torch.bfloat16):
                 output = model(*inputs)
-            kept = memory.now
+            kept = alive(tracker, "current")
             output.float().square().mean().backward()
-    return kept, memory.peak
+    return kept - before, alive(tracker, "peak") - before
 
 
-def print_memory(presets):
+def print_training(presets, tflops):
     """For each preset and stage, without and with --checkpointing: what its batch on eight GPUs needs of each, in one
-    pass; and how many clips a pass fit GPUs of 24, 48 and 80 GB, of which a tenth is left free. States: the weights,
-    gradients, Adam's two moments, in stages 2 and 3 the average, and the frozen models in half precision."""
-    print("preset      stage        states GiB  clips a GPU  saved GiB   peak GiB  clips a pass in 24 GB  48 GB  80 GB")
+    pass; how many clips a pass fit GPUs of 24, 48 and 80 GB, of which a tenth is left free; and the hours of the
+    paper's run on one GPU (500,000 steps of stage 1 are ours). States: the weights, gradients, Adam's two moments, in
+    stages 2 and 3 the average, and the frozen models in half precision. Encoding a data set comes once."""
+    print("preset      stage        states GiB  clips a GPU  saved GiB   peak GiB  clips a pass in 24 GB  48 GB  80 GB"
+          "    hours")
     for preset, stage in itertools.product(presets, STAGES):
         clips = 3 if stage == "autoencoder" else 32
         with torch.device("meta"):
             weights, frozen = make_model(stage, preset), image_autoencoder(preset)
+            shapes = [weights.content_shape, weights.motion_shape] if stage == "autoencoder" else []
             if frozen and stage != "autoencoder":
                 frozen = TextEncoder(*PRESETS[preset if stage == "content" else "webvid_sd21"]["text"])
         states = (16 if stage == "autoencoder" else 20) * sum(p.numel() for p in weights.parameters())
         states += 2 * sum(p.numel() for p in frozen.parameters()) if frozen else 0
+        once, steps = sum(forward_macs("images", preset)), 111_762 if preset == "ucf101" else 125_391
+        seen = 500_000 * 24 if stage == "autoencoder" else steps * 256
+        hours = 2e-12 * seen * (3 * sum(forward_macs(stage, preset)) + once * bool(shapes)) / tflops / 3600
         for checkpointing in (False, True):
             (kept, some), (_, twice) = (activation_bytes(stage, preset, n, checkpointing)
                                         for n in (clips, 2 * clips))
             each, fixed = (twice - some) / clips, 2 * some - twice
             fits = [max(0, int((0.9 * card * 1e9 - states - fixed) // each)) for card in (24, 48, 80)]
             print(f"{preset:<12}{stage:<12}{states / 2**30:>7.1f}    {clips:>13}{kept / 2**30:>7.1f}    "
-                  f"{some / 2**30:>7.1f}    {fits[0]:>23}{fits[1]:>7}{fits[2]:>7}{'  --checkpointing' * checkpointing}",
-                  flush=True)
+                  f"{some / 2**30:>7.1f}    {fits[0]:>23}{fits[1]:>7}{fits[2]:>7}{hours:>9,.0f}"
+                  + "  --checkpointing" * checkpointing, flush=True)
+        if shapes:
+            videos = 9_537 * 32 if preset == "ucf101" else 10_700_000
+            hours = 2e-12 * videos * (once + sum(forward_macs("encoder", preset))) / tflops / 3600
+            print(f"{preset:<12}encoding {videos / 1e6:.1f} M clips into "
+                  f"{2e-9 * videos * sum(map(math.prod, shapes)):,.0f} GB: {hours:,.0f} hours")
 
 
-# ---- The plan -------------------------------------------------------------------------------------------------------
+# ---- The paper's headline: CMD beside ModelScope's text-to-video ----------------------------------------------------
+# diffusers' UNet3DConditionModel (pip install diffusers) has ModelScope's sizes; cost does not depend on weights.
+# Memory: the weights in bfloat16, all of CMD's at once, and the most that a forward pass takes beside them, without
+# guidance and the image decoder.
 
-def plan(rate, mfu, preset):
-    """Prints what the paper's run on WebVid-10M (10.7 M clips) or UCF-101 takes: each stage's operations divided by
-    `mfu` of a GPU's `rate`, operations a second. The number of stage 1's steps is ours."""
-    ucf = preset == "ucf101"
-    videos, steps, name = (9_537 * 32, 111_762, "UCF-101") if ucf else (10_700_000, 125_391, "WebVid-10M")
-    images, encoder, one, content, motion = (2 * sum(forward_macs(what, preset)) / (rate * mfu)  # seconds a clip
-                                             for what in ("images", "encoder", *STAGES))
+MODELS = ("ModelScope", "content", "motion", "autoencoder")
+
+
+def make(name, size, clips=1):
+    """(one of MODELS, its inputs) on the default device. size: height and width of the frames, in pixels."""
+    if name in ("content", "motion"):
+        model = make_model(name, "webvid_sd21", size)
+        return model, make_inputs(name, model, "webvid_sd21", clips, size)
+    video = torch.randn(clips, 4, 16, size[0] // 8, size[1] // 8)  # Stable Diffusion's latents
+    if name == "autoencoder":
+        return make_model(name, "webvid_sd21", size), [video]
+    from diffusers import UNet3DConditionModel
+    model = UNet3DConditionModel(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1024,
+                                 attention_head_dim=64)
+    return model, [video, torch.arange(clips), torch.randn(clips, 77, 1024)]
+
+
+def say(size, what, kind, theirs, ours, unit, verdict):
+    print(f"16x{size[0]}x{size[1]:<5} {what:<28} {kind:<16} {theirs:>9.2f} {ours:>8.2f} {unit}  {verdict}", flush=True)
+
+
+def headline_macs(size):
     with torch.device("meta"):
-        model = make_model("autoencoder", preset)
-    stored = 2 * videos * sum(math.prod(shape) for shape in (model.content_shape, model.motion_shape))  # bytes
-    rows = {"1 autoencoder": 500_000 * 24 * (3 * one + images), "  encoding, once": videos * (images + encoder),
-            "2 content": steps * 256 * 3 * content, "3 motion": steps * 256 * 3 * motion}
-    rows["all"] = sum(rows.values())
-    print(f"\nplan: {name} at 16x{'x'.join(map(str, PRESETS[preset]['size']))}, {videos / 1e6:.1f} M clips stored in "
-          f"{stored / 1e9:,.1f} GB, at {mfu:.0%} of {rate / 1e12:.0f} TFLOPS\n{'':<20}{'GPU hours':>10}{'on 8, h':>10}"
-          f"{'on 64, h':>10}")
-    for name, seconds in rows.items():
-        print(f"{name:<20}" + "".join(f"{seconds / 3600 / gpus:>10,.0f}" for gpus in (1, 8, 64)))
+        models = [make(name, size) for name in MODELS]
+        theirs, content, motion, autoencoder = (  # without, with attention
+            np.cumsum(macs(lambda: model(*inputs))) / 1e12 for model, inputs in models)
+    for what, them, us in (("a step", theirs, content + motion),
+                           ("50 steps, autoencoder", 50 * theirs, 50 * (content + motion) + autoencoder)):
+        for kind, a, b in zip(("layers", "with attention"), them, us):
+            say(size, what, kind, a, b, "T", f"{a / b:.1f}x")
+    parts = {name: full / 1e12 for name, (_, full) in sampling_macs("webvid_sd21", 50, 50, 8.5, size).items()}
+    a, b = 100 * theirs[1] + parts["images"], sum(parts.values())
+    say(size, "50 steps, guidance, pictures", "with attention", a, b, "T", f"{a / b:.1f}x")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def formula(q, k, v, *_, **__):
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+@torch.no_grad()
+def memory(name, size, clips, attention):
+    """(GB of weights, most GB of other tensors) of a forward pass in bfloat16, on fake tensors."""
+    with torch.device("meta"):
+        model = make(name, size)[0].bfloat16().eval()
+        inputs = make(name, size, clips)[1]
+    with fake(model, attention):
+        inputs = [torch.empty(x.shape, dtype=torch.bfloat16 if x.is_floating_point() else x.dtype) for x in inputs]
+        tracker = MemTracker()
+        tracker.track_external(model, *inputs)
+        with tracker:
+            model(*inputs)
+    weights = 2e-9 * sum(p.numel() for p in model.parameters())
+    return weights, alive(tracker, "peak") / 1e9 - weights
+
+
+def headline_memory(size):
+    for attention, clips in itertools.product((flash, formula), (1, 4)):
+        (weights, most), *ours = (memory(name, size, clips, attention) for name in MODELS)
+        them, us = weights + most, sum(weights for weights, _ in ours) + max(most for _, most in ours)
+        say(size, f"bfloat16, clips: {clips}", attention.__name__, them, us, "GB", f"{1 - us / them:.0%} less")
+
+
+@torch.no_grad()
+def headline_seconds(size, rounds=3):
+    """Of the CPU (what other jobs take is left out), for a step in float32, in turns. One model at a time in memory."""
+    seconds = {name: [] for name in MODELS}
+    for name in MODELS * rounds:
+        model, inputs = make(name, size)
+        for call in range(2 if name == "ModelScope" else 4):
+            start = time.process_time()
+            model.eval()(*inputs)
+            seconds[name] += [time.process_time() - start] * (call > 0)  # the first warms up
+        del model
+        gc.collect()
+    medians = {name: float(np.median(some)) for name, some in seconds.items()}
+    print(f"{torch.get_num_threads()} CPU threads, load {os.getloadavg()[0]:.1f}, medians of {rounds} turns: {medians}")
+    theirs, ours = medians["ModelScope"], medians["content"] + medians["motion"] + medians["autoencoder"] / 50
+    say(size, "a step, autoencoder / 50", "float32", theirs, ours, "CPU s", f"{theirs / ours:.1f}x")
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="default: the paper's three")
     add("--count", action="store_true", help="print one clip's multiply-accumulates")
-    add("--memory", action="store_true", help="print what training needs of a GPU's memory")
-    add("--plan", action="store_true", help="print the hours of the paper's runs, from --rate and --mfu")
+    add("--training", action="store_true", help="print what training needs of a GPU's memory, and hours")
+    add("--headline", action="store_true", help="print operations and memory of CMD and ModelScope's text-to-video")
+    add("--time", type=int, nargs=2, help="measure seconds a step of both at this height and width")
     add("--steps", type=int, default=50, help="sampling steps of the content frame")
     add("--motion-steps", type=int, default=100, help="sampling steps of the motion")
     add("--guidance", type=float, default=8.5, help="guidance scale of the content frame; 1: none")
-    add("--rate", type=float, default=312, help="TFLOPS of one GPU (default: an A100's)")
-    add("--mfu", type=float, default=0.4, help="share of --rate that is reached")
+    add("--tflops", type=float, default=124.8, help="that a GPU reaches in training (default: 40%% of an A100's)")
     args = parser.parse_args()
     presets = [args.preset] if args.preset else [name for name in PRESETS if "shapes" not in name]
     for preset in presets if args.count else ():
-        print_count(preset, args.steps, args.motion_steps, args.guidance)
-    if args.memory:
-        print_memory(presets)
-    for preset in presets if args.plan else ():
-        plan(args.rate * 1e12, args.mfu, preset)
+        parts = sampling_macs(preset, args.steps, args.motion_steps, args.guidance)
+        paper, full = np.sum(list(parts.values()), 0) / 1e12
+        print(f"{preset}, a clip: {paper:.4g} T as the paper counts, {full:.4g} T in full: "
+              + ", ".join(f"{name} {part[1] / 1e12:.4g}" for name, part in parts.items()))
+    if args.training:
+        print_training(presets, args.tflops)
+    if args.headline or args.time:
+        print(f"{'':<56} ModelScope     CMD")
+    for table in (headline_macs, headline_memory) if args.headline else ():
+        for size in ((256, 256), (512, 512), (512, 1024)):
+            table(size)
+    if args.time:
+        headline_seconds(args.time)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,17 @@
     python tools/judge.py --list seen > seen.txt                      # prompts; likewise held-out, star, pink
     python sample.py --run-dir runs/shapes_text --prompts seen.txt --num 240 --lossless --out out/seen
     python tools/judge.py --prompts out/seen                                                  # three minutes
+    python tools/judge.py --videos path/to/videos out/clips           # any class folders, and what sample.py drew
 
-For each folder it prints the share of clips whose shape and motion (with --prompts also colour) are as captions.txt
-says (what a prompt does not name is right); without --prompts the Frechet distance of the classifier's features from
-those of 2,400 other real clips, an FVD for shapes; how far colours and places deviate among clips of one class or
-prompt, where real ones have 1; and what was found how often. The classifier is always the same, so that runs compare;
-its real clips are in no run. Of --reconstruct and --predict-motion, name the `fake` folder.
+Prints the share of clips whose shape and motion (with --prompts also colour) are as captions.txt says; without
+--prompts the Frechet distance of the classifier's features from those of 2,400 other real clips, an FVD for shapes; how
+far colours and places deviate among clips of one class or prompt, where real ones have 1; and what was found how often.
+The classifier is always the same; its real clips are in no run. Of --reconstruct, name the `fake` folder.
 """
 
 import argparse
 import os
+import re
 import sys
 
 import numpy as np
@@ -33,13 +34,14 @@ WORDS = {"colour": list(COLOURS), "shape": list(SHAPES), "motion": MOVES}  # als
 KINDS = [len(words) for words in WORDS.values()]
 
 
-def classifier(outputs=CLASSES):
-    """A model: clips (N, 3, 16, 32, 32) -> logits (N, outputs)."""
+def classifier(outputs=CLASSES, size=(SIZE, SIZE)):
+    """A model: clips (N, 3, 16, H, W) -> logits (N, outputs)."""
     def layer(inputs, outputs, stride):
         return nn.Sequential(nn.Conv3d(inputs, outputs, 3, stride, 1), nn.BatchNorm3d(outputs), nn.ReLU())
 
+    places = 2 * -(-size[0] // 16) * -(-size[1] // 16)
     return nn.Sequential(layer(3, 16, (1, 2, 2)), layer(16, 32, 2), layer(32, 64, 2), layer(64, 64, 2), nn.Flatten(),
-                         nn.Linear(64 * 2 * 2 * 2, outputs))
+                         nn.Linear(64 * places, outputs))
 
 
 def draw_classes(indices, seed=TRAINING, frames=FRAMES, split="train"):
@@ -64,19 +66,19 @@ def draw_words(indices, seed=1):
     return real_clips(labels, (seed, indices[0])), torch.tensor(labels)
 
 
-def train(steps=700, batch=48, kinds=(CLASSES,), draw=draw_classes):
+def train(steps=700, batch=48, kinds=(CLASSES,), draw=draw_classes, **options):
     """A classifier, trained on what draw(indices) gives. kinds: how many logits there are for each label, side by side;
     of shape and motion for both together."""
     print("training the classifier on real clips", flush=True)
     torch.set_num_threads(1)  # another number of threads rounds differently, and gives another classifier
     torch.manual_seed(0)
-    model = classifier(sum(kinds))
+    model = classifier(sum(kinds), **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for step in tqdm(range(steps), desc="classifier"):
         video, labels = draw(range(step * batch, (step + 1) * batch))
         logits = model(video + 0.05 * torch.randn_like(video)).split(kinds, 1)
-        targets = labels.T if len(kinds) > 1 else [len(MOVES) * labels[:, 0] + labels[:, 1]]
+        targets = labels.T if len(kinds) == labels.shape[1] else [len(MOVES) * labels[:, 0] + labels[:, 1]]
         sum(nn.functional.cross_entropy(*pair) for pair in zip(logits, targets)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -148,14 +150,43 @@ def shares(found, labels):
     return ", ".join(f"{name} {share:.1%}" for name, share in [*columns, ("all", right.all(1).float().mean())])
 
 
+def judge_folders(root, folder):
+    """Prints how many clips of `folder` show their class, by two classifiers that learn from five of six videos of the
+    class folders in `root`, one from whole clips, one from what moves in them alone (clips minus their median frame),
+    and the mean change from frame to frame, where the real clips have 1."""
+    def numbers(names):  # of folders, or in words, as captions.txt has them
+        plain = [re.sub(r"[\W_]+", "", name.split(os.sep)[0]).lower() for name in names]
+        return torch.tensor([[sorted(set(plain)).index(name)] for name in plain])
+
+    names, rng, drawn = data.find_videos(root), np.random.default_rng(0), read_clips(folder)[0]
+    labels, wanted = numbers([*names, *open(f"{folder}/captions.txt")]).split([len(names), len(drawn)])
+    real = np.stack([data.read_clip(f"{root}/{name}", FRAMES, drawn.shape[3:], rng=rng) for name in names])
+    real, known = data.to_floats(torch.from_numpy(real)), torch.arange(len(names)) % 6 > 0
+    for what, of in ("whole clips", lambda x: x), ("what moves", lambda x: x - x.median(2, keepdim=True).values):
+        def draw(indices):
+            chosen = torch.randint(known.sum(), (len(indices),))
+            return of(real[known])[chosen], labels[known][chosen]
+
+        model = train(300, 32, [labels.max() + 1], draw, size=drawn.shape[3:])
+        for name, clips, right in ("other real clips", real[~known], labels[~known]), (folder, drawn, wanted):
+            found = torch.cat([model(of(part)) for part in clips.split(60)]).argmax(1, keepdim=True)
+            change = clips.diff(dim=2).abs().mean() / real.diff(dim=2).abs().mean()
+            print(f"{name}: of {len(clips)} clips {(found == right).sum()} right by {what}; change {change:.2f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="*", help="folders that sample.py wrote from a run on the shapes")
     parser.add_argument("--prompts", action="store_true", help="they are clips of prompts, from a shapes_text run")
+    parser.add_argument("--videos", help="they are clips of the classes of these folders of videos")
     parser.add_argument("--list", choices=["seen", "held-out", "star", "pink"], help="only print prompts of this kind")
     args = parser.parse_args()
     if args.list:
         print("\n".join(prompts_of(args.list)))
+        return
+    for folder in args.folders if args.videos else ():
+        judge_folders(args.videos, folder)
+    if args.videos:
         return
     folders = {folder: read_clips(folder) for folder in args.folders}
     if not args.prompts and any((labels[:, 1:] < 0).any() for _, labels in folders.values()):
