@@ -27,7 +27,7 @@ def test_the_ablations_go_on_where_they_stopped(script, tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "TABLES", dict(length={row: (flags, "--reconstruct", "") for row, flags in rows}))
     monkeypatch.setattr(ablations, "draw_real", lambda _, *more: judge.draw_classes(range(24), *more))
     monkeypatch.setattr(judge, "train", lambda: judge.classifier().eval())
-    monkeypatch.setattr("sys.argv", ["ablations.py", str(tmp_path), "--seeds", "1", "--num", "24"])
+    monkeypatch.setattr("sys.argv", ["ablations.py", str(tmp_path), "--seeds", "1", "--num", "12"])
     with pytest.raises(AssertionError, match="stopped"):
         ablations.main()
     before = (tmp_path / "scores.csv").read_text()
