@@ -286,7 +286,7 @@ def test_the_models_that_come_with_the_code_encode_into_a_folder_of_ones_own(run
     shutil.copy(shipped / "motion.pt", mine)
     assert "optimizer" in run(f"motion_diffusion.py --resume --steps 1 --run-dir {mine}").stdout
     assert load(mine, "motion")["step"] == 1
-    for flags in ("--encode", "--resume --steps 2000"):
+    for flags in ("--encode", "--resume --steps 9000"):
         refused(f"autoencoder.py {flags} --run-dir {shipped}", shipped, "--encode")
     for more in ("", "--resume"):  # would take the place of a trained autoencoder
         refused(f"autoencoder.py --encode {shapes} {more} --run-dir {mine}", "mine/autoencoder.pt exists")
