@@ -24,6 +24,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each of pytest's workers, and for the scripts that it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 def load(run, stage):

@@ -16,7 +16,7 @@ import sys
 import pytest
 import test_fvd
 import torch
-from conftest import ROOT, free_port
+from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
 from autoencoder import LPIPS
@@ -193,12 +193,9 @@ def place(tmp_path_factory):
     return folder
 
 
-RANKS = {"autoencoder.py", "sample.py"}  # still to run by torchrun; of the others test_survival.py and test_fvd.py do
-
-
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda n: " ".join(COMMANDS[n])[:90])
 def test_a_command_runs(place, script, request, number):
-    words, (launcher, name, arguments) = COMMANDS[number], parted(COMMANDS[number])
+    words, (_, name, arguments) = COMMANDS[number], parted(COMMANDS[number])
     if name not in TINY and words[0] != "cp":
         pytest.skip(next(why for start, why in NOT_RUN.items() if f"{' '.join(words)} ".startswith(start)))
     if words in COMMANDS[:number] and "--resume" not in words:
@@ -217,12 +214,7 @@ def test_a_command_runs(place, script, request, number):
     tiny = TINY[name].split() + "".join(more for more, stage in zip(OF_PRESET[preset], TINY) if stage == name).split()
     if "ViT-B-32.pt" in words:
         shutil.copy(request.getfixturevalue("small_clip")[0], place / "ViT-B-32.pt")
-    if launcher[0] == "torchrun" and name in RANKS and "--nnodes" not in words:
-        RANKS.remove(name)
-        call = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-        done = subprocess.run([*call, name, *arguments, *tiny], cwd=place, capture_output=True, text=True)
-    else:
-        done = script(name, *arguments, *tiny, folder=place)
+    done = script(name, *arguments, *tiny, folder=place)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed[-3000:]
     for path in LEAVES.get(name, []):
