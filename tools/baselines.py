@@ -22,7 +22,7 @@ from einops import rearrange
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import data
-from content_diffusion import Diffusion, DiT, ddim
+from content_diffusion import Diffusion, DiT, ddim, guided
 
 CLASSES, DIFFUSION = data.MovingShapes.classes, Diffusion("linear", "x")
 NONE = len(CLASSES)  # the label of a dropped class
@@ -96,11 +96,7 @@ def draw(args, model, out):
     start, labels = time.process_time(), torch.arange(args.num) % NONE
     for first in range(0, args.num, 24):
         wanted = labels[first : first + 24]
-
-        def denoise(x, t):
-            without = 0 if args.guidance == 1 else model(x, t, torch.full_like(wanted, NONE))
-            return without + args.guidance * (model(x, t, wanted) - without)
-
+        denoise = guided(model, wanted, torch.full_like(wanted, NONE), args.guidance)
         noise = torch.randn(len(wanted), 3, 16, 32, 32)
         for i, video in enumerate(ddim(denoise, noise, DIFFUSION, 50, bounds=(-1, 1))):
             data.write_video(f"{out}/{first + i:05d}.mkv", video, 8)

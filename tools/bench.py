@@ -112,7 +112,8 @@ def make_inputs(stage, model, preset, batch, size=None):
 def make_stage(stage, preset, batch, size=None):
     """(model, inputs, image autoencoder or None) for training."""
     model = make_model(stage, preset, size)
-    return model, make_inputs(stage, model, preset, batch, size), stage == "autoencoder" and image_autoencoder(preset)
+    image = image_autoencoder(preset) if stage == "autoencoder" else None
+    return model, make_inputs(stage, model, preset, batch, size), image
 
 
 def forward_macs(what, preset, size=None):
@@ -213,9 +214,9 @@ def print_training(presets, tflops):
                 frozen = TextEncoder(*PRESETS[preset if stage == "content" else "webvid_sd21"]["text"])
         states = (16 if stage == "autoencoder" else 20) * sum(p.numel() for p in weights.parameters())
         states += 2 * sum(p.numel() for p in frozen.parameters()) if frozen else 0
-        once, steps = sum(forward_macs("images", preset)), 111_762 if preset == "ucf101" else 125_391
-        seen = 500_000 * 24 if stage == "autoencoder" else steps * 256
-        hours = 2e-12 * seen * (3 * sum(forward_macs(stage, preset)) + once * bool(shapes)) / tflops / 3600
+        once = sum(forward_macs("images", preset)) if shapes else 0
+        seen = 500_000 * 24 if shapes else 256 * (111_762 if preset == "ucf101" else 125_391)
+        hours = 2e-12 * seen * (3 * sum(forward_macs(stage, preset)) + once) / tflops / 3600
         for checkpointing in (False, True):
             (kept, some), (_, twice) = (activation_bytes(stage, preset, n, checkpointing)
                                         for n in (clips, 2 * clips))
@@ -233,8 +234,7 @@ def print_training(presets, tflops):
 
 # ---- The paper's headline: CMD beside ModelScope's text-to-video ----------------------------------------------------
 # diffusers' UNet3DConditionModel (pip install diffusers) has ModelScope's sizes; cost does not depend on weights.
-# Memory: the weights in bfloat16, all of CMD's at once, and the most that a forward pass takes beside them, without
-# guidance and the image decoder.
+# Memory: all weights at once, in bfloat16, and the most that a forward pass without guidance takes beside them.
 
 MODELS = ("ModelScope", "content", "motion", "autoencoder")
 
@@ -279,9 +279,8 @@ def formula(q, k, v, *_, **__):
 def memory(name, size, clips, attention):
     """(GB of weights, most GB of other tensors) of a forward pass in bfloat16, on fake tensors."""
     with torch.device("meta"):
-        model = make(name, size)[0].bfloat16().eval()
-        inputs = make(name, size, clips)[1]
-    with fake(model, attention):
+        model, inputs = make(name, size, clips)
+    with fake(model.bfloat16().eval(), attention):
         inputs = [torch.empty(x.shape, dtype=torch.bfloat16 if x.is_floating_point() else x.dtype) for x in inputs]
         tracker = MemTracker()
         tracker.track_external(model, *inputs)

@@ -4,14 +4,14 @@
     python tools/gpu.py                                  # the paper's sizes
 
 Weights and data are random: speed depends on neither. Each part is a process of its own, the important ones first, and
-all stop after --seconds. Operations are two a multiply-accumulate, attention included; in training three times those of
-the forward pass.
+all stop after --seconds. Two operations a multiply-accumulate, attention included; training is three forward passes.
 """
 
 import argparse
 import contextlib
 import copy
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +32,7 @@ if not find_spec("av"):  # data.py imports it at its top, but no video is read h
     sys.modules |= {f"av{name}": MagicMock() for name in ("", ".stream", ".video", ".video.reformatter")}
 import bench
 
-from autoencoder import LPIPS, Autoencoder, ImageAutoencoder, from_pixels
+from autoencoder import LPIPS, Autoencoder, ImageAutoencoder, from_pixels, reconstruction_loss
 from content_diffusion import Diffusion, DiT, TextEncoder, UNet
 from fvd import I3D
 from motion_diffusion import MotionDiT
@@ -140,10 +140,10 @@ def stage():
     def step():
         x, *others = inputs
         with torch.no_grad():
-            x = from_pixels(x, image or None)
+            x = from_pixels(x, image)
         with torch.autocast(args.device, torch.bfloat16):
             if stage == "autoencoder":
-                loss = (model(x).float() - x).square().mean()
+                loss = reconstruction_loss(model(x), x, "mse")
             else:
                 t, *rest = others
                 loss = diffusion.loss(lambda x, t: model(x, t, *rest), x, t, torch.randn_like(x))
@@ -261,12 +261,18 @@ def gloo():
 
 
 def run_parts():
-    """Runs each part as a process with all that it starts, and ends the last one when the time is over."""
+    """Runs each part as a process, and ends it with all that it started when the time is over, or at Ctrl-C."""
     end = time.time() + args.seconds
     for part in args.part:
-        left = f"{max(0.1, end - time.time()):.1f}"
-        own = subprocess.run(["timeout", "-s", "KILL", left, sys.executable, *sys.argv, "--alone", "--part", part])
-        print(f"{part}: stopped, or ended early" * (own.returncode != 0), end="\n" * (own.returncode != 0), flush=True)
+        own = [sys.executable, *sys.argv, "--alone", "--part", part]
+        with subprocess.Popen(own, start_new_session=True) as process:
+            try:
+                process.wait(max(0, end - time.time()))
+            except subprocess.TimeoutExpired:
+                print(f"{part}: the time is over", flush=True)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def main():

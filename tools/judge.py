@@ -14,7 +14,6 @@ The classifier is always the same; its real clips are in no run. Of --reconstruc
 
 import argparse
 import os
-import re
 import sys
 
 import numpy as np
@@ -154,20 +153,21 @@ def judge_folders(root, folder):
     """Prints how many clips of `folder` show their class, by two classifiers that learn from five of six videos of the
     class folders in `root`, one from whole clips, one from what moves in them alone (clips minus their median frame),
     and the mean change from frame to frame, where the real clips have 1."""
-    def numbers(names):  # of folders, or in words, as captions.txt has them
-        plain = [re.sub(r"[\W_]+", "", name.split(os.sep)[0]).lower() for name in names]
-        return torch.tensor([[sorted(set(plain)).index(name)] for name in plain])
-
-    names, rng, drawn = data.find_videos(root), np.random.default_rng(0), read_clips(folder)[0]
-    labels, wanted = numbers([*names, *open(f"{folder}/captions.txt")]).split([len(names), len(drawn)])
-    real = np.stack([data.read_clip(f"{root}/{name}", FRAMES, drawn.shape[3:], rng=rng) for name in names])
-    real, known = data.to_floats(torch.from_numpy(real)), torch.arange(len(names)) % 6 > 0
+    rows, classes, _ = data.folder_rows(root)
+    label_of = {caption: label for _, label, caption in rows} | {name: label for label, name in enumerate(classes)}
+    drawn, captions = read_clips(folder)[0], data.read_text(f"{folder}/captions.txt").splitlines()
+    if other := {*captions} - {*label_of}:
+        raise SystemExit(f"{folder}/captions.txt names {min(other)!r}, but no class folder in {root} is called so")
+    labels, wanted = torch.tensor([[row[1]] for row in rows]), torch.tensor([[label_of[line]] for line in captions])
+    rng, known = np.random.default_rng(0), torch.arange(len(rows)) % 6 > 0
+    real = np.stack([data.read_clip(f"{root}/{name}", FRAMES, drawn.shape[3:], rng=rng) for name, _, _ in rows])
+    real = data.to_floats(torch.from_numpy(real))
     for what, of in ("whole clips", lambda x: x), ("what moves", lambda x: x - x.median(2, keepdim=True).values):
         def draw(indices):
             chosen = torch.randint(known.sum(), (len(indices),))
             return of(real[known])[chosen], labels[known][chosen]
 
-        model = train(300, 32, [labels.max() + 1], draw, size=drawn.shape[3:])
+        model = train(300, 32, [len(classes)], draw, size=drawn.shape[3:])
         for name, clips, right in ("other real clips", real[~known], labels[~known]), (folder, drawn, wanted):
             found = torch.cat([model(of(part)) for part in clips.split(60)]).argmax(1, keepdim=True)
             change = clips.diff(dim=2).abs().mean() / real.diff(dim=2).abs().mean()
@@ -182,8 +182,7 @@ def main():
     parser.add_argument("--list", choices=["seen", "held-out", "star", "pink"], help="only print prompts of this kind")
     args = parser.parse_args()
     if args.list:
-        print("\n".join(prompts_of(args.list)))
-        return
+        return print("\n".join(prompts_of(args.list)))
     for folder in args.folders if args.videos else ():
         judge_folders(args.videos, folder)
     if args.videos:
