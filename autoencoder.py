@@ -194,7 +194,7 @@ class Autoencoder(nn.Module):
 
 def reconstruction_loss(output, video, kind, lpips=None, chosen=None):
     """Mean square ('mse') or absolute ('l1') error between clips (B, C, L, H, W), a number; with an LPIPS, plus the
-    perceptual distance in one frame of each clip (appendix B), number chosen[b]."""
+    perceptual distance of frame chosen[b] of clip b (appendix B)."""
     error = output.float() - video
     loss = error.square().mean() if kind == "mse" else error.abs().mean()
     if lpips:
@@ -205,13 +205,13 @@ def reconstruction_loss(output, video, kind, lpips=None, chosen=None):
 
 # ---- Presets and flags ----------------------------------------------------------------------------------------------
 
-PAPER = dict(  # table 5 and appendix B; the number of steps is ours, the paper says about a week on 8 A100
+PAPER = dict(  # appendix B; depth, heads and steps: docs/DIFFERENCES.md; the paper says about a week on 8 A100
     frames=16, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False, noise=0.0, lr=1e-5,
     betas=[0.5, 0.9], batch_size=24, steps=500_000, decay=False, clips=0, clips_per_video=1, save_every=2000,
     preview_every=2000, log_every=50, workers=8,
 )
 # Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each patch, upsampled, because with
-# one for each pixel so small a model hides information in the content frame as a fine periodic pattern (a picture is in
+# one for each pixel so small a model hides the motion in the content frame, as a fine periodic pattern (a picture is in
 # docs/ABLATIONS.md); noise on the motion latent, so that the decoder tolerates small errors of the motion model; MSE, a
 # higher learning rate that decays, Adam's usual first beta: this training is short.
 SHAPES = dict(
@@ -231,7 +231,7 @@ PRESETS = {
 }
 
 
-# What --resume may change, of --data the path alone: the list of videos must be the same. --encode may change ENCODING.
+# What --resume may change: of --data the path, not the list of videos. --encode may also change ENCODING.
 CHANGEABLE = set("run_dir resume encode data steps batch_size accumulate workers dtype compile checkpointing log_every "
                  "save_every preview_every".split())
 ENCODING = set("captions split stride seed clips clips_per_video shard_size".split())
@@ -821,7 +821,7 @@ def read_checkpoint(path):
 
 
 def find_part(tensors, prefix, names, what):
-    """The tensors named prefix..., without it, or all where there are none. If one of `names` lacks, `what` is said."""
+    """The tensors named prefix..., without it, or all where there are none. Without all of `names`, `what` is said."""
     part = {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)} or tensors
     if set(names) <= part.keys():
         return part

@@ -113,8 +113,8 @@ def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None,
 
 
 def guided(predict, condition, nothing, scale):
-    """denoise(x_t, t) with classifier-free guidance, from predict(x_t, t, condition): with the condition and without
-    it, in one batch, then `scale` times as far as the difference of the two. Larger scales follow the condition more
+    """denoise(x_t, t) by classifier-free guidance: predict(x_t, t, condition) with the condition and without it, in one
+    batch -> without + scale * (with - without). Larger scales follow the condition more
     closely, with less variety. The model can do both because training drops some conditions (--drop)."""
     if scale == 1:
         return lambda x, t: predict(x, t, condition)
@@ -155,7 +155,7 @@ def attend(q, k, v, heads, causal=False):
 
 class DiTBlock(nn.Module):
     """A transformer block that the condition c shifts, scales and gates (AdaLN): x (B, N, width), c (B, width) -> x's
-    shape. The gates start at 0, so that it is the identity at first."""
+    shape. DiT sets the gates to 0 at first, so that a new block is the identity."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -208,7 +208,7 @@ class DiT(nn.Module):
             linear=nn.Linear(width, patch * patch * channels),
             adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))))
         self.checkpointing = False
-        # DiT's initialisation. Zero gates and a zero last layer: at first the output is zero.
+        # As DiT, zero gates and a zero last layer: at first the output is zero.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -525,7 +525,7 @@ class ResBlock(nn.Module):
         conv = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.in_layers = nn.Sequential(nn.GroupNorm(groups, inputs), nn.SiLU(), conv)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_width, outputs))
-        self.out_layers = nn.Sequential(  # the file counts a dropout of zero, here the identity
+        self.out_layers = nn.Sequential(  # the identity: in the file's numbers a dropout of zero
             nn.GroupNorm(groups, outputs), nn.SiLU(), nn.Identity(), nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 

@@ -368,7 +368,7 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
     'shapes_text' (with captions), a folder of videos, or a CSV. captions: a CSV whose paths start from `data`.
 
     Test clips are those of testlistNN.txt where --split is trainlistNN.txt and the other lies beside it; else one file
-    in fifty, at most about 64, or none for `everything`. A hash of the path chooses them: with more videos no training
+    in fifty, at most about 64, or all for `everything`. A hash of the path chooses them: with more videos no training
     file becomes one of them."""
     if data in ("shapes", "shapes_text"):
         if split or captions or stride > 1:

@@ -31,7 +31,7 @@ import data
 from autoencoder import load_autoencoder, to_pixels
 from content_diffusion import DIT_SIZES, Diffusion, ddim, load_text_encoder, open_text_encoder, sincos_positions
 
-# ---- The motion model. Its blocks are DiT's of stage 2, written out again: the whole model is in one place -----------
+# ---- The motion model. Its blocks are DiT's of stage 2, written out again, to read the model in one place ------------
 
 def timestep_embedding(t):
     """t (B,) in 0..999 -> (B, 256): cosines, then sines, at frequencies from 1 down to almost 1/10000."""
@@ -71,8 +71,8 @@ class MotionDiT(nn.Module):
     text encoder's hidden states.
 
     motion_channels, frames, columns: D, L and H'+W'; L and the columns may be any number >= 1, the grid is padded to
-    whole patches. channels, size: C and (H, W) of the content frame, which is cut into its own patches of
-    `content_patch` values (table 4c). Defaults: table 6's DiT-XL/2 for Stable Diffusion 2.1's latents of 512x512.
+    whole patches. channels, size: C and (H, W) of the content frame, which is cut into patches of its own with
+    sides of `content_patch` (table 4c). Defaults: table 6's DiT-XL/2 for Stable Diffusion 2.1's latents of 512x512.
     `checkpointing = True` recomputes activations in the backward pass."""
 
     def __init__(self, motion_channels=8, frames=16, columns=64, channels=4, size=64, patch=2, content_patch=8,
@@ -96,7 +96,7 @@ class MotionDiT(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.out = nn.Linear(width, patch * patch * motion_channels)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        # DiT's initialisation. Zero gates and a zero last layer: at first the output is zero.
+        # As DiT, zero gates and a zero last layer: at first the output is zero.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

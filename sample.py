@@ -43,7 +43,7 @@ class Sampler:
         self.content = self.motion = None
         if not args.reconstruct:
             self.motion, state = self.load(load_motion, "motion.pt")
-            self.mean, self.std = (state[name].to(device) for name in ("motion_mean", "motion_std"))  # it learned these
+            self.mean, self.std = (state[name].to(device) for name in ("motion_mean", "motion_std"))  # as in training
             if not args.predict_motion and not args.image:
                 self.content, _ = self.load(load_content, "content.pt")
         self.compiled = device.type == "cuda" and "shapes" not in preset if args.compile is None else args.compile
@@ -130,7 +130,7 @@ def read_flags():
     add("--reconstruct", action="store_true", help="real clips through the autoencoder (table 4a)")
     add("--predict-motion", action="store_true", help="real content frames, generated motion (table 4a)")
     add("--data", help="real clips for the two above, from all of this data set (default: stage 1's test clips)")
-    add("--split", help="the same, from all that this list names of --data or of stage 1's, such as trainlist01.txt")
+    add("--split", help="the same, from all videos in this list, of --data or stage 1's, such as trainlist01.txt")
     add("--captions", help="CSV whose paths start from --data")
     # How to draw it
     add("--steps", type=int, default=50, help="sampling steps of the content frame, at most 1000")

@@ -47,8 +47,7 @@ TABLES = {  # table: {row: (flags of the stages that are not the base run's, fla
         "2": ({}, "", "-"), "1 (none)": ({}, "--guidance 1", "-"),
         "4": ({}, "--guidance 4", "-"), "8": ({}, "--guidance 8", "-")},
     "ours: guidance on the motion": {
-        "1 (none)": ({}, "", "-"), "1.5": ({}, "--motion-guidance 1.5", "-"),
-        "5": ({}, "--motion-guidance 5", "-")},
+        "1 (none)": ({}, "", "-"), "1.5": ({}, "--motion-guidance 1.5", "-"), "5": ({}, "--motion-guidance 5", "-")},
     "ours: content weights for each token, noise on the motion": {
         "the default": ({}, "", "-"),
         "weights for each pixel, no noise": (dict(autoencoder="--no-smooth --noise 0"), "", "-")},

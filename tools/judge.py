@@ -150,12 +150,12 @@ def shares(found, labels):
 
 
 def judge_folders(root, folder):
-    """Prints how many clips of `folder` show their class, by two classifiers that learn from five of six videos of the
-    class folders in `root`, one from whole clips, one from what moves in them alone (clips minus their median frame),
-    and the mean change from frame to frame, where the real clips have 1."""
+    """Prints how many clips of `folder` show their class, by two classifiers trained on five of six videos in `root`,
+    on whole clips and on what moves (clips minus their median frame), and the change from frame to frame (real: 1)."""
     rows, classes, _ = data.folder_rows(root)
     label_of = {caption: label for _, label, caption in rows} | {name: label for label, name in enumerate(classes)}
-    drawn, captions = read_clips(folder)[0], data.read_text(f"{folder}/captions.txt").splitlines()
+    beside = folder if os.path.isfile(f"{folder}/captions.txt") else f"{folder}/.."  # of --reconstruct
+    drawn, captions = read_clips(folder)[0], data.read_text(f"{beside}/captions.txt").splitlines()
     if other := {*captions} - {*label_of}:
         raise SystemExit(f"{folder}/captions.txt names {min(other)!r}, but no class folder in {root} is called so")
     labels, wanted = torch.tensor([[row[1]] for row in rows]), torch.tensor([[label_of[line]] for line in captions])
@@ -169,9 +169,10 @@ def judge_folders(root, folder):
 
         model = train(300, 32, [len(classes)], draw, size=drawn.shape[3:])
         for name, clips, right in ("other real clips", real[~known], labels[~known]), (folder, drawn, wanted):
-            found = torch.cat([model(of(part)) for part in clips.split(60)]).argmax(1, keepdim=True)
+            hit = torch.cat([model(of(part)) for part in clips.split(60)]).argmax(1, keepdim=True) == right
             change = clips.diff(dim=2).abs().mean() / real.diff(dim=2).abs().mean()
-            print(f"{name}: of {len(clips)} clips {(found == right).sum()} right by {what}; change {change:.2f}")
+            print(f"{name}: of {len(clips)} clips {hit.sum()} right by {what}; change {change:.2f}. By class:",
+                  ", ".join(f"{kind} {hit[right == i].sum()}/{(right == i).sum()}" for i, kind in enumerate(classes)))
 
 
 def main():
@@ -183,10 +184,8 @@ def main():
     args = parser.parse_args()
     if args.list:
         return print("\n".join(prompts_of(args.list)))
-    for folder in args.folders if args.videos else ():
-        judge_folders(args.videos, folder)
     if args.videos:
-        return
+        return [judge_folders(args.videos, folder) for folder in args.folders]
     folders = {folder: read_clips(folder) for folder in args.folders}
     if not args.prompts and any((labels[:, 1:] < 0).any() for _, labels in folders.values()):
         raise SystemExit("a caption names no shape or no motion: clips of prompts are judged with --prompts")
