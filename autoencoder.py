@@ -208,8 +208,7 @@ def reconstruction_loss(output, video, kind, lpips=None, chosen=None):
 PAPER = dict(  # appendix B; depth, heads and steps: docs/DIFFERENCES.md; the paper says about a week on 8 A100
     frames=16, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False, noise=0.0, lr=1e-5,
     betas=[0.5, 0.9], batch_size=24, steps=500_000, decay=False, clips=0, clips_per_video=1, save_every=2000,
-    preview_every=2000, log_every=50, workers=8,
-)
+    preview_every=2000, log_every=50, workers=8)
 # Minutes on a CPU. Unlike the paper: a sixth of the width; one content weight for each patch, upsampled, because with
 # one for each pixel so small a model hides the motion in the content frame, as a fine periodic pattern (a picture is in
 # docs/ABLATIONS.md); noise on the motion latent, so that the decoder tolerates small errors of the motion model; MSE, a
@@ -217,8 +216,7 @@ PAPER = dict(  # appendix B; depth, heads and steps: docs/DIFFERENCES.md; the pa
 SHAPES = dict(
     data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
     smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay=True,
-    clips=4000, clips_per_video=1, save_every=500, preview_every=1000, log_every=50, workers=0,
-)
+    clips=4000, clips_per_video=1, save_every=500, preview_every=1000, log_every=50, workers=0)
 TINY_SD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "tiny-sd.safetensors")
 PRESETS = {
     "shapes": SHAPES,
@@ -231,10 +229,10 @@ PRESETS = {
 }
 
 
-# What --resume may change: of --data the path, not the list of videos. --encode may also change ENCODING.
+# What --resume may change (of --data the path, not the videos), --encode too, and only --encode into another folder.
 CHANGEABLE = set("run_dir resume encode data steps batch_size accumulate workers dtype compile checkpointing log_every "
                  "save_every preview_every".split())
-ENCODING = set("captions split stride seed clips clips_per_video shard_size".split())
+ENCODING, ELSEWHERE = "captions split clips clips_per_video shard_size".split(), ["stride", "seed"]
 
 
 def read_flags():
@@ -268,7 +266,7 @@ def read_flags():
     add("--accumulate", type=int, default=1, help="passes into which each rank's batch is divided")
     add("--lr", type=float, help="Adam's learning rate")
     add("--decay", action=argparse.BooleanOptionalAction, help="short rise, then cosine decay of the rate to --steps")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--seed", type=int, default=0, help="of the weights, the clips, their order and the noise")
     add("--workers", type=int, help="loader processes on each rank")
     add("--dtype", choices=["float32", "bfloat16"], help="of the arithmetic (default: bfloat16 on a GPU, else float32)")
@@ -292,7 +290,8 @@ def read_flags():
     parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
     args = parser.parse_args()  # again, with these as defaults; of channels and betas there are no flags
     args.run_dir, args.resume, args.encode, args.size = run_dir, given.resume, given.encode, (args.size * 2)[:2]
-    for name in (saved["args"].keys() - CHANGEABLE - (ENCODING if encode else set())) if saved else ():
+    free = CHANGEABLE | {*ENCODING * encode, *ELSEWHERE * (source != run_dir)}
+    for name in saved["args"].keys() - free if saved else ():
         if getattr(args, name) != saved["args"][name]:
             raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
@@ -302,6 +301,10 @@ def read_flags():
     if saved and not saved.get("optimizer") and (source == run_dir and encode or saved["step"] < args.steps):
         raise SystemExit(f"{source} comes without its optimizer and stays as it is: `--encode {source} --run-dir "
                          "runs/mine` encodes with its autoencoder into a folder of yours")
+    if saved and any(os.path.exists(f"{run_dir}/{name}.pt") for name in ("content", "motion")) and (
+            encode and source == run_dir or saved["step"] < args.steps or args.data != saved["args"]["data"]):
+        raise SystemExit(f"{run_dir} has later stages of this autoencoder and encodings: --resume alone makes these "
+                         f"again; train on in a copy of {path}, or --encode {run_dir} --run-dir NEW")
     if encode and saved["step"] < args.steps:
         raise SystemExit(f"stage 1 stopped after step {saved['step']} of {args.steps}: finish it with --resume, or add "
                          f"--steps {saved['step']} to encode with it as it is")
@@ -540,7 +543,7 @@ def main():
             error = reconstruction_loss(output, video[part], args.loss, lpips, chosen[part]) / len(parts)
             error.backward()
             loss += error.detach()
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf)
         lr = args.lr
         if args.decay:  # a short rise, then a cosine fall to a hundredth
             fall = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)

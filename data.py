@@ -178,11 +178,13 @@ def decode(path, span, fraction):
         elif file.format.name.startswith(("mov", "matroska")) and None not in times and len({*times}) == count:
             start = sorted(times)[first]
     with open_video(path) as (file, stream):
-        oblong = float(stream.sample_aspect_ratio or 1)
+        oblong, frame = float(stream.sample_aspect_ratio or 1), None
         if start is not None:
             file.seek(start, stream=stream)  # to the key frame before it
             frames = itertools.dropwhile(lambda frame: frame.pts is None or frame.pts < start, file.decode(stream))
-            if (frame := next(frames, None)) and frame.pts == start:
+            with contextlib.suppress(av.error.FFmpegError):  # frames after an open GOP's key frame need those before it
+                frame = next(frames, None)
+            if frame and frame.pts == start:
                 yield from ((frame, oblong) for frame in itertools.chain([frame], frames))
                 return
     with open_video(path) as (file, stream):  # without times, or where seeking missed the frame

@@ -126,19 +126,16 @@ class MotionDiT(nn.Module):
 
 PAPER = dict(  # table 6
     patch=2, predict="eps", schedule="linear", lr=1e-4, batch_size=256, decay=False, ema=0.999, drop=0.1,
-    save_every=2000, preview_every=2000, log_every=50, workers=8,
-)
+    save_every=2000, preview_every=2000, log_every=50, workers=8)
 TINY_SD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "tiny-sd.safetensors")
 PRESETS = {
     # What differs from the paper is what differs in stage 2, for the same reasons.
     "shapes": dict(
         model="mini", patch=2, content_patch=8, predict="x", schedule="linear", lr=2e-3, batch_size=16, steps=2000,
-        decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
-    ),
+        decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0),
     "shapes_text": dict(
         text=TINY_SD, model="mini", patch=2, content_patch=2, predict="x", schedule="linear", lr=2e-3, batch_size=16,
-        steps=2000, decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0,
-    ),
+        steps=2000, decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0),
     # 3,000 epochs of 9,537 videos, and 3 epochs of 10.7 M.
     "ucf101": dict(PAPER, model="L", content_patch=4, steps=111_762),
     "webvid_sd15": dict(PAPER, model="XL", content_patch=4, steps=125_391),
@@ -171,7 +168,7 @@ def read_flags():
     add("--accumulate", type=int, default=1, help="passes into which each rank's batch is divided")
     add("--lr", type=float, help="Adam's learning rate")
     add("--decay", action=argparse.BooleanOptionalAction, help="short rise, then cosine decay of the rate to --steps")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no limit")
     add("--seed", type=int, default=0, help="of the weights, the order of the clips and the noise")
     add("--workers", type=int, help="loader processes on each rank")
     add("--dtype", choices=["float32", "bfloat16"], help="of the arithmetic (default: bfloat16 on a GPU, else float32)")
@@ -262,7 +259,7 @@ def main():
     if world > 1:
         dist.init_process_group()
         found = [None] * world
-        dist.all_gather_object(found, saved and saved["step"])
+        dist.all_gather_object(found, (saved and saved["step"], stage1["identity"]))
         if len(set(found)) > 1:
             raise SystemExit(f"the ranks find different checkpoints in {run_dir}: it must be on a disk that they share")
     if args.batch_size % (world * args.accumulate):
@@ -311,11 +308,10 @@ def main():
 
     def save(step):
         if rank == 0:
-            torch.save(dict(
-                step=step, args=vars(args), config=config, shape=list(shape), rows=rows,
-                identity=stage1["identity"], motion_mean=mean.cpu(), motion_std=std.cpu(),
-                model=model.state_dict(), ema=ema.state_dict(),
-                text_encoder=text_encoder and text_encoder.state(), optimizer=optimizer.state_dict()), f"{path}.tmp")
+            torch.save(dict(step=step, args=vars(args), config=config, shape=list(shape), rows=rows,
+                            identity=stage1["identity"], model=model.state_dict(), optimizer=optimizer.state_dict(),
+                            motion_mean=mean.cpu(), motion_std=std.cpu(), ema=ema.state_dict(),
+                            text_encoder=text_encoder and text_encoder.state()), f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
 
     # Ctrl-C, SIGTERM or a closed terminal: save and end, as in stage 1
@@ -357,7 +353,7 @@ def main():
                                        motion[part], t[part], eps[part])
             (error / len(parts)).backward()
             loss += error.detach() / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf)
         lr = args.lr
         if args.decay:  # a short rise, then a cosine fall to a hundredth
             fall = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)

@@ -10,9 +10,8 @@ Reads the checkpoints that it needs from a run folder, and what --image or --dat
     python sample.py --run-dir runs/webvid_sd21 --prompt "waves" --image photo.jpg       # animate a picture
     python sample.py --run-dir runs/ucf101 --reconstruct --split ucfTrainTestlist/trainlist01.txt --num 2048 --lossless
 
-A guidance scale s means eps = eps(nothing) + s (eps(c) - eps(nothing)): the paper's w is s - 1, and s = 1 is no
-guidance. The same formula holds where the model predicts x or v. The paper does not say whether its figures (4.0 on
-UCF-101, 7.5 for text) are w or s; we take them as w. The motion is drawn without guidance, as in the authors' release.
+A guidance scale s means eps = eps(nothing) + s (eps(c) - eps(nothing)), of x and v too; s = 1 is none. The paper does
+not say whether its figures (4.0 on UCF-101, 7.5 for text) are s or w = s - 1; we take them as w. The motion has none.
 """
 
 import argparse
@@ -42,10 +41,10 @@ class Sampler:
             args.guidance = GUIDANCE[preset]
         self.content = self.motion = None
         if not args.reconstruct:
-            self.motion, state = self.load(load_motion, "motion.pt")
+            self.motion, state = self.load(load_motion, "motion.pt", args.motion_guidance)
             self.mean, self.std = (state[name].to(device) for name in ("motion_mean", "motion_std"))  # as in training
             if not args.predict_motion and not args.image:
-                self.content, _ = self.load(load_content, "content.pt")
+                self.content, _ = self.load(load_content, "content.pt", args.guidance)
         self.compiled = device.type == "cuda" and "shapes" not in preset if args.compile is None else args.compile
         if self.compiled:
             torch._dynamo.config.suppress_errors = True  # where compiling fails, go on without
@@ -53,12 +52,14 @@ class Sampler:
                 stage.model.compile(mode="reduce-overhead", dynamic=False)  # CUDA graphs
             self.autoencoder.decoder.compile(dynamic=False)
 
-    def load(self, load_stage, name):
+    def load(self, load_stage, name, scale):
         """(a stage's parts, on the device, its checkpoint)."""
         model, text, diffusion, state = load_stage(self.args.run_dir)
         if state["identity"] != self.state["identity"]:
             raise SystemExit(f"{self.args.run_dir}/{name} was trained on other encodings than its autoencoder.pt has "
                              f"now: `autoencoder.py --encode {self.args.run_dir} --run-dir NEW`, and train it in NEW")
+        if scale != 1 and not state["args"]["drop"] and not (text and name == "content.pt"):  # but SD knows ""
+            raise SystemExit(f"{self.args.run_dir}/{name} was trained with --drop 0: its guidance scale can only be 1")
         if state["step"] < state["args"]["steps"]:
             print(f"{self.args.run_dir}/{name} is unfinished: step {state['step']} of {state['args']['steps']}")
         model = model.requires_grad_(False).eval().to(self.device, self.dtype)

@@ -98,7 +98,8 @@ def no_times(path):
 
 UNEVEN = [40 * i if i < 12 else 400 * i - 4320 for i in range(FRAMES)]
 B, MPEG4, QUICK = dict(bframes=3), dict(codec="mpeg4", bframes=2), {"deadline": "realtime", "cpu-used": "8"}
-OPEN, VPX = dict(options={"x264-params": "open-gop=1"}, bframes=3), dict(codec="libvpx-vp9", options=QUICK)
+OPEN = dict(options={"x264-params": "open-gop=1:keyint=9:min-keyint=9:scenecut=0:bframes=3:b-adapt=0"})
+VPX = dict(codec="libvpx-vp9", options=QUICK)
 KINDS = {  # name: arguments of write(), or a function
     "mpeg4.avi": MPEG4, "h264.avi": B, "divx.avi": packed, "h264.mpg": B, "mpeg2.mpg": dict(MPEG4, codec="mpeg2video"),
     "plain.mp4": {}, "b.mp4": B, "one_key_frame.mp4": dict(B, gop=1000), "open.mp4": OPEN, "open.mkv": OPEN,
@@ -108,8 +109,7 @@ KINDS = {  # name: arguments of write(), or a function
     "uneven.mp4": dict(B, times=UNEVEN), "uneven.mkv": dict(B, times=UNEVEN), "live.webm": no_rate, "vp9.webm": VPX,
     "pieces.mp4": dict(B, container={"movflags": "frag_keyframe+empty_moov"}), "wmv.wmv": dict(codec="wmv2"),
     "then_pieces.mp4": dict(B, container={"movflags": "frag_keyframe"}), "h264.ts": B, "h264.flv": B,
-    "vp8.ogv": dict(VPX, codec="libvpx"), "palette.gif": dict(codec="gif", pix_fmt="rgb8"), "no_times.mp4": no_times,
-}
+    "vp8.ogv": dict(VPX, codec="libvpx"), "palette.gif": dict(codec="gif", pix_fmt="rgb8"), "no_times.mp4": no_times}
 
 
 def place(number):  # in a Generator's place: always gives this number
@@ -250,8 +250,7 @@ SETS = {  # a list (for refused ones see test_hostile.py), or files: words of th
     "10/a.mp4 1/a.mp4 2/a.mp4 d/a.mp4": ["4 classes 1, 10, 2, ...", *(
         (f"{name}/a.mp4", label, name) for label, name in enumerate(["1", "10", "2", "d"]))],
     "A/a.mp4 outside.mp4": ["1 videos, 1 classes A; 1 outside its class folders left out", ("A/a.mp4", 0, "a")],
-    "A/a.mp4 A/a.txt A/b.mp4": ["2 videos", ("A/a.mp4", 0, "a dög barks"), ("A/b.mp4", 0, "a")],
-}
+    "A/a.mp4 A/a.txt A/b.mp4": ["2 videos", ("A/a.mp4", 0, "a dög barks"), ("A/b.mp4", 0, "a")]}
 
 
 @pytest.mark.parametrize("given", SETS, ids=range(len(SETS)))

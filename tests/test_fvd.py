@@ -164,8 +164,7 @@ def names_of_the_raw_files():
         "4b": (480, 192, 96, 208, 16, 48, 64), "4c": (512, 160, 112, 224, 24, 64, 64),
         "4d": (512, 128, 128, 256, 24, 64, 64), "4e": (512, 112, 144, 288, 32, 64, 64),
         "4f": (528, 256, 160, 320, 32, 128, 128), "5b": (832, 256, 160, 320, 32, 128, 128),
-        "5c": (832, 384, 192, 384, 48, 128, 128),
-    }
+        "5c": (832, 384, 192, 384, 48, 128, 128)}
     units = {"Conv3d_1a_7x7": (64, 3, 7), "Conv3d_2b_1x1": (64, 64, 1), "Conv3d_2c_3x3": (192, 64, 3)}
     for name, (width, one, r3, three, r5, five, pool) in table.items():
         units |= {f"Mixed_{name}.b0": (one, width, 1), f"Mixed_{name}.b1a": (r3, width, 1),
@@ -360,13 +359,12 @@ def test_mistakes_cost_one_line(refused, folders, tiny, tmp_path):
     for command, *words in (
         ("{real} {fake}", "--i3d"), ("{real} --i3d {tiny}", "FAKE"), ("{real} {fake} --i3d none.pt", "--i3d none.pt"),
         ("nowhere {fake} --i3d {tiny}", "nowhere", "not there"), ("nowhere {fake} --i3d {tiny} --split x", "x"),
-        ("{tiny} {fake} --i3d {tiny}", "{tiny}", "file"), ("{fake}/v0 {fake} --i3d {tiny}", "v0", "of one video"),
+        ("{tiny} {fake} --i3d {tiny}", "{tiny}", "file"), ("{fake}/v0 {fake} --i3d {tiny}", "v0", "one a video"),
         ("{real} {tmp} --i3d {tiny}", "{tmp}", "no videos"), ("{real} {fake} --clipsim", "--clipsim"),
         ("{real} {fake} --i3d {tiny} --frames 50", "{real}", "50"), ("{real} {fake} --i3d random --frames 8", "9"),
         ("{real} {fake} --i3d {tiny} --save {tmp}/no/x", "--save"), ("{real} {fake} --i3d {tiny} --fram 9", "--fram"),
         ("shapes {fake} --i3d {tiny} --split {tmp}/x", "{tmp}/x"), ("{fake} --clipsim --clip x.pt", "--clip x.pt"),
-        ("{fake} --clipsim --split x", "--split"), ("{real} none.npz --i3d {tiny}", "none.npz"),
-    ):
+        ("{fake} --clipsim --split x", "--split"), ("{real} none.npz --i3d {tiny}", "none.npz")):
         refused(f"fvd.py {command}".format(**names), *(word.format(**names) for word in words))
 
 

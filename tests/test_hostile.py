@@ -76,14 +76,12 @@ FORMS = {  # how the payload is put into a file, and how it would run
             lambda path: torch.load(path, weights_only=False)),
     "bare": (lambda bad, path: path.write_bytes(pickle.dumps(bad, 2)), lambda path: pickle.loads(path.read_bytes())),
     "npz": (lambda bad, path: np.savez(path, **dict.fromkeys(NPZ, np.array([bad]))),
-            lambda path: np.load(path, allow_pickle=True)["features"]),
-}
+            lambda path: np.load(path, allow_pickle=True)["features"])}
 WEIGHTS = [  # commands that read raw weights
     "autoencoder.py --preset shapes_text --run-dir {new} --sd {file}",
     "autoencoder.py --run-dir {new} --lpips {file} {file}",
     "content_diffusion.py --run-dir {run} --dit {file}", "content_diffusion.py --run-dir {run} --model sd --sd {file}",
-    "motion_diffusion.py --run-dir {run} --text {file}", "fvd.py shapes shapes --i3d {file}",
-]
+    "motion_diffusion.py --run-dir {run} --text {file}", "fvd.py shapes shapes --i3d {file}"]
 OTHERS = ["fvd.py shapes --clipsim --clip {file}", "fvd.py {file} {file} --i3d random"]
 CHECKPOINTS = [("autoencoder.pt", "autoencoder.py --resume"), ("content.pt", "content_diffusion.py --resume"),
                ("motion.pt", "motion_diffusion.py --resume"), *(
@@ -155,13 +153,11 @@ CSVS = {  # content: words of the line that refuses it
     b'path,caption\na.mp4,a\nb.mp4,"b\n' + b"c.mp4,c\n" * 30_000: "line 2: field larger",
     b'path,caption\na.mp4,a\nb.mp4,"two\nc.mp4,c\n': "is a quote not closed?", b"": "needs the columns",
     b"path,caption\n" + b"x" * 200_000: "field larger", b"file,\x1b[31mtext\na,b\n": "needs the columns path, caption",
-    b"path,caption\n": "no rows", b"path,caption\na.mp4\n": "no rows that can be used; 1 rows left out",
-}
+    b"path,caption\n": "no rows", b"path,caption\na.mp4\n": "no rows that can be used; 1 rows left out"}
 PICTURES = {  # content: words
     b"\xff\xd8\xff\xe0\0\x10JFIF\0": "cannot be read as a picture", b"<svg/>": "cannot be read as a picture",
     b"": "cannot be read as a picture", "bomb": "decompression bomb", "video": "cannot be", "half": "cannot be read",
-    "folder": "Is a directory", "nowhere": "No such file",
-}
+    "folder": "Is a directory", "nowhere": "No such file"}
 
 
 def test_lists_that_cannot_be_used_are_one_line(refused, tmp_path):

@@ -22,22 +22,18 @@ from motion_diffusion import MotionDiT
 SD = f"{ROOT}/tools/tiny-sd.safetensors"
 SCRIPTS = dict(autoencoder="autoencoder.py", content="content_diffusion.py", motion="motion_diffusion.py")
 SEED, B, STEPS, LR, CLIP, EMA, DROP, CLIPS = 3, 8, 3, 1e-2, 0.05, 0.15, 0.5, 20
-DECAY, CONSTANT = "--decay", "--no-decay"
-TRAINING = f"--batch-size {B} --lr {LR} --clip {CLIP} --seed {SEED} --log-every 1 --workers 0"
+DECAY, CONSTANT = f"--decay --clip {CLIP}", "--no-decay --clip 0"  # 0: no limit
+TRAINING = f"--batch-size {B} --lr {LR} --seed {SEED} --log-every 1 --workers 0"
 DIFFUSION = f"--model {{}} --drop {DROP} --ema {EMA} --predict {{}} --schedule {{}}"
 STAGE_1 = "--width 16 --heads 2 --depth 1 --size 16 --motion-channels 5 --shard-size 9"
 KINDS = {  # by preset: flags of stage 1 and of the rate, those of DIFFUSION, sizes; betas and guidance are the preset's
-    "shapes": dict(
-        flags="--loss mse --noise 0.3 --clips 20 --accumulate 2", lr=DECAY, frames=4, patch=4, guidance=2,
+    "shapes": dict(flags="--loss mse --noise 0.3 --clips 20 --accumulate 2", lr=DECAY, frames=4, patch=4, guidance=2,
         content=("mini", "v", "scaled_linear"), motion=("mini --accumulate 2", "eps", "linear"), betas=(0.9, 0.99)),
-    "ucf101": dict(
-        flags="--loss l1 --data shapes --clips 10 --clips-per-video 2 --lpips {0}/vgg.pth {0}/lpips.pth", lr=CONSTANT,
-        content=("mini", "x", "linear"), motion=("mini", "v", "scaled_linear"), betas=(0.5, 0.9), guidance=5, patch=2,
-        frames=4),
-    "shapes_text": dict(
-        flags="--loss mse --noise 0 --clips 20", lr=DECAY, frames=2, patch=1, guidance=3,
-        content=("sd", "eps", "linear"), motion=("mini", "x", "scaled_linear"), betas=(0.9, 0.99)),
-}
+    "ucf101": dict(flags="--loss l1 --data shapes --clips 10 --clips-per-video 2 --lpips {0}/vgg.pth {0}/lpips.pth",
+        lr=CONSTANT, content=("mini", "x", "linear"), motion=("mini", "v", "scaled_linear"), betas=(0.5, 0.9),
+        guidance=5, patch=2, frames=4),
+    "shapes_text": dict(flags="--loss mse --noise 0 --clips 20", lr=DECAY, frames=2, patch=1, guidance=3,
+        content=("sd", "eps", "linear"), motion=("mini", "x", "scaled_linear"), betas=(0.9, 0.99))}
 
 
 def read_log(path, *columns):
@@ -108,7 +104,7 @@ def compare(run, stage, model, loss_of, betas, ema=None):
         lr = LR if run.lr == CONSTANT else rate(step, STEPS)
         decay = min(ema or 0, (1 + step) / (10 + step))
         for name, w in weights.items():
-            g = w.grad * min(1, CLIP / norm)
+            g = w.grad * (min(1, CLIP / norm) if run.lr == DECAY else 1)
             one[name] = betas[0] * one[name] + (1 - betas[0]) * g
             two[name] = betas[1] * two[name] + (1 - betas[1]) * g * g
             a, b = (m[name] / (1 - beta ** (step + 1)) for m, beta in zip((one, two), betas))
@@ -122,7 +118,7 @@ def compare(run, stage, model, loss_of, betas, ema=None):
     for expected, found in ((weights, state["model"]), (average, state["ema"] if ema else state["model"])):
         wrong, moved = (torch.cat([(expected[name] - other[name]).flatten() for name in start])
                         for other in (found, start))
-        assert wrong.norm() < 2e-4 * moved.norm() and wrong.abs().max() < 0.005 * moved.abs().max()
+        assert wrong.norm() < 2e-4 * moved.norm() and wrong.abs().max() < 0.01 * moved.abs().max()
 
 
 def shapes_of(run, keys, split="train"):

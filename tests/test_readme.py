@@ -29,26 +29,22 @@ TINY = {  # script: what is added to a command's own flags (of two the last one 
     "content_diffusion.py": TRAINING,
     "motion_diffusion.py": TRAINING + "--model mini ",
     "sample.py": "-n 2 --batch-size 2 --steps 2 --motion-steps 2 ",
-    "fvd.py": "-n 2 --frames 9 ",
-}
+    "fvd.py": "-n 2 --frames 9 "}
 OF_PRESET = {  # what the stages need besides
     "shapes": ("--size 16", "--model mini", ""), "shapes_text": ("--size 16", "", ""),
     "webvid_sd15": ("--size 16", "", ""), "ucf101": ("--size 16 --clips-per-video 1", "--model mini --patch 4", ""),
-    "webvid_sd21": ("--size 16 32", "", "--content-patch 4"),
-}
+    "webvid_sd21": ("--size 16 32", "", "--content-patch 4")}
 LEAVES = {
     "autoencoder.py": ["{run}/autoencoder.pt", "{run}/autoencoder.csv", "{run}/encodings/shard-00000.safetensors",
                        "{run}/previews/autoencoder-000002.png"],
     "content_diffusion.py": ["{run}/content.pt", "{run}/content.csv", "{run}/previews/content-000002.png"],
-    "motion_diffusion.py": ["{run}/motion.pt", "{run}/motion.csv", "{run}/previews/motion-000002.png"],
-}
+    "motion_diffusion.py": ["{run}/motion.pt", "{run}/motion.csv", "{run}/previews/motion-000002.png"]}
 SAYS = {"sample.py": "2 clips in .*; look at", "fvd.py": r"(FVD|CLIPSIM) -?\d.* \|"}
 NOT_RUN = {  # how a command begins: why it is not run here
     "pip install": "CI does, with these same lines, before it comes here", "git clone": "CI has one",
     "ruff check": "CI does", "python -m pytest": "that is what is running", "mkdir": "cp makes the folder here",
     "python tools/": "minutes or hours; test_tools.py runs what it can at tiny size", "export": "a setting",
-    "python3 -m venv": "CI does", ". .venv": "CI does", "cd cmd": "here",
-}
+    "python3 -m venv": "CI does", ". .venv": "CI does", "cd cmd": "here"}
 
 
 def class_folders(path):
@@ -99,8 +95,7 @@ STANDS_IN = {  # what a reader brings, and what makes a small one
     "webvid_val.txt": text("a cat\na dog\n"), "msrvtt.txt": text("a cat\na dog\n"),
     "photo.jpg": lambda path: shutil.copy(f"{ROOT}/assets/drawing.png", path),
     "v1-5-pruned.safetensors": raw, "v2-1_512-ema-pruned.safetensors": raw,
-    "i3d_torchscript.pt": lambda path: test_fvd.save_script(test_fvd.Tiny(), path),
-}
+    "i3d_torchscript.pt": lambda path: test_fvd.save_script(test_fvd.Tiny(), path)}
 
 
 def read(name):

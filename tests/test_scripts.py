@@ -244,20 +244,37 @@ def times_in(folder):
 
 def test_shards_are_kept_while_all_is_the_same_and_models_of_other_encodings_are_refused(
         run, refused, shapes, videos, tmp_path):
-    folder = copy(shapes, tmp_path / "run")
+    folder = copy(shapes, tmp_path / "run", "autoencoder.pt", "encodings")
     before, identity = times_in(folder / "encodings"), load(folder, "autoencoder")["identity"]
     run(f"autoencoder.py --encode --run-dir {folder}")
     assert times_in(folder / "encodings") == before and load(folder, "autoencoder")["identity"] == identity
-    for flags, count, tests in (("--clips 56", 56, 64), ("--clips 24", 24, 64), (f"--data {videos} --clips 4", 4, 1),
-                                (f"--data {videos} --clips 4 --seed 1", 4, 1)):
+    for flags, count, tests in ("--clips 56", 56, 64), ("--clips 24", 24, 64), (f"--data {videos} --clips 4", 4, 1):
         run(f"autoencoder.py --encode {flags} --run-dir {folder}")
         clips, before, identity = encoded(folder), identity, load(folder, "autoencoder")["identity"]
         assert count - ("data" in flags) <= len(clips) <= count and identity != before, flags  # one video is broken
         assert len(clips.test_clips()["label"]) == tests
-        for command in (*(f"{stage}.py --resume" for stage in STAGES[1:]), "sample.py", "sample.py --predict-motion"):
+        for name in ("content.pt", "motion.pt"):
+            shutil.copy(shapes / name, folder)
+        for command in (*(f"{stage}.py --resume" for stage in STAGES[1:]), "sample.py", "sample.py --predict-motion",
+                        *(f"autoencoder.py {how}" for how in ("--encode", "--resume --steps 9", "--resume --data x"))):
             refused(f"{command} --run-dir {folder}", folder, "encodings")
+        for name in ("content.pt", "motion.pt"):
+            os.remove(folder / name)
     assert {clips[i]["label"] for i in range(len(clips))} == {0, 1}  # a few clips of a folder are of all its classes
     run(f"sample.py --reconstruct -n 1 --run-dir {folder} --out {tmp_path}/out")  # needs no other model
+    refused(f"fvd.py {tmp_path}/out {tmp_path}/out/fake --i3d random", "out/real or")
+    run(f"autoencoder.py --encode {folder} --seed 1 --run-dir {tmp_path}/new")
+    assert load(tmp_path / "new", "autoencoder")["identity"] != identity
+
+
+def test_a_model_that_does_not_know_no_class_is_drawn_without_guidance(run, refused, shapes, tmp_path):
+    folder = shutil.copytree(shapes, tmp_path / "run")
+    for stage in ("motion", "content"):
+        state = load(folder, stage)
+        torch.save(state | dict(args=state["args"] | dict(drop=0.0)), folder / f"{stage}.pt")
+        refused(f"sample.py --motion-guidance 2 --run-dir {folder}", "motion.pt", "--drop 0")
+    refused(f"sample.py --run-dir {folder}", "content.pt", "--drop 0")
+    run(f"sample.py {FEW} -n 1 --guidance 1 --run-dir {folder} --out {tmp_path}/out")
 
 
 def test_motion_is_scaled_by_the_mean_and_deviation_that_its_model_learned(shapes, tmp_path):
@@ -312,7 +329,8 @@ content_diffusion.py --run-dir {shapes} | {shapes}/content.pt exists | --resume
 motion_diffusion.py --run-dir {shapes} | {shapes}/motion.pt exists | --resume
 autoencoder.py --encode --run-dir {new} | no {new}/autoencoder.pt
 autoencoder.py --encode --run-dir {shapes} --width 32 | --width 16 | 32
-autoencoder.py --encode --run-dir {shapes} --steps 9 | step 4 of 9
+autoencoder.py --encode --run-dir {begun} --steps 9 | step 4 of 9
+autoencoder.py --encode --run-dir {begun} --seed 1 | --seed 0
 motion_diffusion.py --run-dir {bare} | {bare} has no encodings | --encode
 content_diffusion.py --run-dir {begun} --patch 5 | 16x16 | 5x5
 content_diffusion.py --run-dir {begun} --model sd | --sd
@@ -349,7 +367,8 @@ def options_of(module):
 
 
 @pytest.mark.parametrize("module", STAGES)
-def test_a_resumed_run_takes_what_changes_no_result_and_refuses_every_other_flag(refused, shapes, module):
+def test_a_resumed_run_takes_what_changes_no_result_and_refuses_every_other_flag(refused, shapes, module, tmp_path):
+    folder = copy(shapes, tmp_path / "run", "autoencoder.pt", *("content.pt", "motion.pt") * (module != "autoencoder"))
     allowed = {"steps", "workers", "batch_size", "save_every", "log_every", "preview_every", "dtype", "compile",
                "checkpointing", "accumulate"}
     saved, taken = load(shapes, module.split("_")[0])["args"], set()
@@ -362,7 +381,7 @@ def test_a_resumed_run_takes_what_changes_no_result_and_refuses_every_other_flag
         else:  # a switch, a number or some, or text
             other = "99" if action.type is int else "0.77" if action.type is float else "/nowhere"
             words = [flag, *[other] * (action.nargs if isinstance(action.nargs, int) else 1)]
-        command = ["--run-dir", str(shapes), "--resume", *words]
+        command = ["--run-dir", str(folder), "--resume", *words]
         if action.dest in allowed:
             assert getattr(flags_of(module, *command), action.dest) != before
             taken.add(action.dest)

@@ -275,8 +275,7 @@ WRONG_FILES = {  # (prefixes of the tensors that are left out, tensors in their 
     "unexpected": ([], {U + "pet.bias": torch.zeros(2)}, r"Unexpected.*pet\.bias"),
     "misshaped": ([], {U + "out.2.bias": torch.zeros(7)}, r"out\.2\.bias.*\[7\].*\[4\]"),
     "misshaped text": ([], {T + "final_layer_norm.bias": torch.zeros(7)}, r"final_layer_norm\.bias.*\[7\].*\[64\]"),
-    "infinite": ([], {T + "final_layer_norm.bias": torch.full((64,), torch.inf)}, "layer_norm.bias .*not finite"),
-}
+    "infinite": ([], {T + "final_layer_norm.bias": torch.full((64,), torch.inf)}, "layer_norm.bias .*not finite")}
 
 
 @pytest.mark.parametrize("kind", WRONG_FILES)

@@ -219,7 +219,7 @@ def test_two_ranks_with_accumulated_gradients_equal_one_process_and_stop_togethe
 
 
 @each_stage
-def test_ranks_that_find_different_checkpoints_stop_with_one_line(stage, processes, ends, copy):
+def test_ranks_that_find_different_checkpoints_stop_with_one_line(stage, processes, start, ends, copy):
     """As two machines have them whose run folder is not on a disk that they share."""
     runs = [copy("one", "autoencoder", stage), copy("other", *before(stage))]
     started = processes.ranks(*(words(stage, run, "--resume --steps 9") for run in runs))
@@ -228,6 +228,10 @@ def test_ranks_that_find_different_checkpoints_stop_with_one_line(stage, process
         lines = process.outputs[1].read_text().splitlines()
         assert "different" in lines[-1] and str(run) in lines[-1] and "Traceback" not in "".join(lines), lines
     assert step_of(runs[0], stage) < 9 and not (runs[1] / f"{stage}.pt.tmp").exists()
+    if stage != "autoencoder":  # nor encodings of another autoencoder
+        runs = [copy(name, "autoencoder") for name in ("third", "fourth")]
+        ends(0, start("autoencoder", runs[1], "--encode --clips 5"))
+        assert "different" in ends(1, *processes.ranks(*(words(stage, run, "--steps 2") for run in runs))).stderr
 
 
 def test_there_may_be_more_ranks_than_clips_and_shards(processes, ends, copy):
@@ -272,7 +276,7 @@ def test_other_videos_or_another_seed_are_refused_when_training_goes_on(start, e
         os.rename(tmp_path / "moved" / f"{i}.mp4", tmp_path / "moved" / f"new{i}.mp4")
     refused(f"{again} --data {tmp_path}/moved", "videos", f"{tmp_path}/moved")
     ends(0, start("autoencoder", run, f"--encode --data {tmp_path}/moved"))  # these may be encoded, not trained on
-    refused(again.replace("4", "3"), "videos", f"{tmp_path}/moved")
+    refused(again.replace("steps 4", "steps 3"), "videos", f"{tmp_path}/moved")
 
 
 def test_ranks_may_read_copies_of_the_videos_with_other_dates_but_not_other_videos(processes, ends, tmp_path):
@@ -285,6 +289,7 @@ def test_ranks_may_read_copies_of_the_videos_with_other_dates_but_not_other_vide
     both = [words("autoencoder", tmp_path / "run", flags % name) for name in "ab"]
     ends(0, *processes.ranks(*both))
     ends(0, processes.start(*words("content", tmp_path / "run", "--steps 2")))
+    os.remove(tmp_path / "run" / "content.pt")  # with it stage 1 takes no other --data
     shutil.rmtree(tmp_path / "b")
     shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("0.mp4", "1.mp4"))
     assert "different videos" in ends(1, *processes.ranks(*(row + ["--resume"] for row in both))).stderr

@@ -142,7 +142,7 @@ def main():
     scores = list(csv.DictReader(open(path, newline=""))) if os.path.exists(path) else []
     for seed in range(args.seeds):
         for flags in [row[:2] for rows in TABLES.values() for row in rows.values()]:
-            key = dict(seed=str(seed), row=name_of(*flags))
+            key = dict(seed=str(seed), num=str(args.num), row=name_of(*flags))
             if not any(key.items() <= found.items() for found in scores):
                 scores.append(key | score(model, *draw(f"{args.folder}/seed{seed}", *flags, seed, args.num)))
             with open(f"{path}.tmp", "w", newline="") as file:
@@ -151,7 +151,7 @@ def main():
                 sheet.writerows(scores)
             os.replace(f"{path}.tmp", path)
             with open(f"{args.folder}/table.md", "w") as file:
-                file.write(tables(scores))
+                file.write(tables([found for found in scores if found.get("num") == key["num"]]))
 
 
 if __name__ == "__main__":

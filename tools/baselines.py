@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tools/baselines.py dit out/dit --seconds 1573     # a video DiT; repeat it to go on
     pip install video-diffusion-pytorch && OMP_NUM_THREADS=1 python tools/baselines.py unet out/unet --seconds 1573
-    python tools/judge.py out/dit/guidance-2 out/unet/guidance-2
+    python tools/judge.py out/dit/seed0-guidance-2 out/unet/seed0-guidance-2
 
 Both predict clean clips by our Diffusion, and see no clip twice.
 """
@@ -57,7 +57,7 @@ class VideoUNet(nn.Module):
 
 def train(args, folder, model):
     """Trains for --seconds of CPU time, interruptions or not. Returns (the averaged model, seconds, steps)."""
-    path, ema = f"{folder}/model.pt", copy.deepcopy(model).eval().requires_grad_(False)
+    path, ema = f"{folder}/seed{args.seed}.pt", copy.deepcopy(model).eval().requires_grad_(False)
     optimizer, step, seconds = torch.optim.Adam(model.parameters(), args.lr), 0, 0.0
     parts = model, ema, optimizer
     if os.path.exists(path):
@@ -119,7 +119,7 @@ args = parser.parse_args()
 torch.manual_seed(args.seed)
 model = (VideoDiT if args.what == "dit" else VideoUNet)(*args.sizes)
 cost = sum(macs(lambda: model(torch.zeros(1, 3, 16, 32, 32), torch.zeros(1), torch.zeros(1).long()))) / 1e9 * 50
-os.makedirs(out := f"{args.folder}/guidance-{args.guidance:g}", exist_ok=True)
+os.makedirs(out := f"{args.folder}/seed{args.seed}-guidance-{args.guidance:g}", exist_ok=True)
 model, seconds, steps = train(args, args.folder, model)
 each, memory = draw(args, model, out), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(f"{out}: {steps} steps in {seconds:.0f} CPU seconds; a clip {cost * (1 + (args.guidance != 1)):.1f} GMACs, "
