@@ -205,7 +205,7 @@ def reconstruction_loss(output, video, kind, lpips=None, chosen=None):
 
 # ---- Presets and flags ----------------------------------------------------------------------------------------------
 
-PAPER = dict(  # appendix B; depth, heads and steps: docs/DIFFERENCES.md; the paper says about a week on 8 A100
+PAPER = dict(  # appendix B; depth, heads and steps: docs/DIFFERENCES.md
     frames=16, patch=2, width=384, motion_channels=8, depth=8, heads=8, smooth=False, noise=0.0, lr=1e-5,
     betas=[0.5, 0.9], batch_size=24, steps=500_000, decay=False, clips=0, clips_per_video=1, save_every=2000,
     preview_every=2000, log_every=50, workers=8)

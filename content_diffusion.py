@@ -114,8 +114,8 @@ def ddim(denoise, x, diffusion, steps=50, eta=0.0, generators=None, bounds=None,
 
 def guided(predict, condition, nothing, scale):
     """denoise(x_t, t) by classifier-free guidance: predict(x_t, t, condition) with the condition and without it, in one
-    batch -> without + scale * (with - without). Larger scales follow the condition more
-    closely, with less variety. The model can do both because training drops some conditions (--drop)."""
+    batch -> without + scale * (with - without). Larger scales follow the condition more closely, with less variety. The
+    model can do both because training drops some conditions (--drop)."""
     if scale == 1:
         return lambda x, t: predict(x, t, condition)
     both = torch.cat([condition, nothing])
@@ -208,7 +208,7 @@ class DiT(nn.Module):
             linear=nn.Linear(width, patch * patch * channels),
             adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))))
         self.checkpointing = False
-        # As DiT, zero gates and a zero last layer: at first the output is zero.
+        # As in DiT, zero gates and a zero last layer: at first the output is zero.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

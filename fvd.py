@@ -231,7 +231,8 @@ class VideoSet(torch.utils.data.Dataset):
             once = {os.path.realpath(os.path.join(folder, path)): path[:-1] for path in folders}  # links may go round
             paths = {path: os.path.join(folder, path) for real, path in once.items() if list_images(real)}
         if not paths:
-            raise SystemExit(f"{folder} holds no videos: give a folder of videos, or of folders of frames, one a video")
+            what = "the frames of one video" if list_images(folder) else "no videos and no folders of frames"
+            raise SystemExit(f"{folder} holds {what}: give a folder of videos, or of a folder of frames for each video")
         if {"real", "fake"} <= {file.split(os.sep)[0] for file in files} and os.path.exists(f"{folder}/captions.txt"):
             raise SystemExit(f"{folder} holds real clips and generated ones: name {folder}/real or {folder}/fake")
         self.paths = dict(sorted(paths.items(), key=lambda item: natural(item[1])))

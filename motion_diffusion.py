@@ -96,7 +96,7 @@ class MotionDiT(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.out = nn.Linear(width, patch * patch * motion_channels)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        # As DiT, zero gates and a zero last layer: at first the output is zero.
+        # As in DiT, zero gates and a zero last layer: at first the output is zero.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -359,7 +359,7 @@ def test_mistakes_cost_one_line(refused, folders, tiny, tmp_path):
     for command, *words in (
         ("{real} {fake}", "--i3d"), ("{real} --i3d {tiny}", "FAKE"), ("{real} {fake} --i3d none.pt", "--i3d none.pt"),
         ("nowhere {fake} --i3d {tiny}", "nowhere", "not there"), ("nowhere {fake} --i3d {tiny} --split x", "x"),
-        ("{tiny} {fake} --i3d {tiny}", "{tiny}", "file"), ("{fake}/v0 {fake} --i3d {tiny}", "v0", "one a video"),
+        ("{tiny} {fake} --i3d {tiny}", "{tiny}", "file"), ("{fake}/v0 {fake} --i3d {tiny}", "v0", "of one video"),
         ("{real} {tmp} --i3d {tiny}", "{tmp}", "no videos"), ("{real} {fake} --clipsim", "--clipsim"),
         ("{real} {fake} --i3d {tiny} --frames 50", "{real}", "50"), ("{real} {fake} --i3d random --frames 8", "9"),
         ("{real} {fake} --i3d {tiny} --save {tmp}/no/x", "--save"), ("{real} {fake} --i3d {tiny} --fram 9", "--fram"),

@@ -22,8 +22,8 @@ from motion_diffusion import MotionDiT
 SD = f"{ROOT}/tools/tiny-sd.safetensors"
 SCRIPTS = dict(autoencoder="autoencoder.py", content="content_diffusion.py", motion="motion_diffusion.py")
 SEED, B, STEPS, LR, CLIP, EMA, DROP, CLIPS = 3, 8, 3, 1e-2, 0.05, 0.15, 0.5, 20
-DECAY, CONSTANT = f"--decay --clip {CLIP}", "--no-decay --clip 0"  # 0: no limit
-TRAINING = f"--batch-size {B} --lr {LR} --seed {SEED} --log-every 1 --workers 0"
+DECAY, CONSTANT = "--decay", "--no-decay"
+TRAINING = f"--batch-size {B} --lr {LR} --clip {CLIP} --seed {SEED} --log-every 1 --workers 0"
 DIFFUSION = f"--model {{}} --drop {DROP} --ema {EMA} --predict {{}} --schedule {{}}"
 STAGE_1 = "--width 16 --heads 2 --depth 1 --size 16 --motion-channels 5 --shard-size 9"
 KINDS = {  # by preset: flags of stage 1 and of the rate, those of DIFFUSION, sizes; betas and guidance are the preset's
@@ -104,7 +104,7 @@ def compare(run, stage, model, loss_of, betas, ema=None):
         lr = LR if run.lr == CONSTANT else rate(step, STEPS)
         decay = min(ema or 0, (1 + step) / (10 + step))
         for name, w in weights.items():
-            g = w.grad * (min(1, CLIP / norm) if run.lr == DECAY else 1)
+            g = w.grad * min(1, CLIP / norm)
             one[name] = betas[0] * one[name] + (1 - betas[0]) * g
             two[name] = betas[1] * two[name] + (1 - betas[1]) * g * g
             a, b = (m[name] / (1 - beta ** (step + 1)) for m, beta in zip((one, two), betas))
@@ -118,7 +118,7 @@ def compare(run, stage, model, loss_of, betas, ema=None):
     for expected, found in ((weights, state["model"]), (average, state["ema"] if ema else state["model"])):
         wrong, moved = (torch.cat([(expected[name] - other[name]).flatten() for name in start])
                         for other in (found, start))
-        assert wrong.norm() < 2e-4 * moved.norm() and wrong.abs().max() < 0.01 * moved.abs().max()
+        assert wrong.norm() < 2e-4 * moved.norm() and wrong.abs().max() < 0.005 * moved.abs().max()
 
 
 def shapes_of(run, keys, split="train"):
@@ -186,10 +186,12 @@ def test_stages_2_and_3_are_equations_7_and_8(run, stage):
 
 
 def test_the_rate_rises_for_a_twentieth_of_the_steps_and_falls_on_a_cosine_to_a_hundredth(script, tmp_path):
-    words = f"--steps 40 {DECAY} --lr {LR} --batch-size 1 --log-every 1 --run-dir {tmp_path}".split()
+    words = f"--steps 40 {DECAY} --clip 0 --lr {LR} --batch-size 1 --log-every 1 --run-dir {tmp_path}".split()
     for stage, name in SCRIPTS.items():
         done = script(name, *words, *f"{STAGE_1} --frames 2 --clips 4".split() * (stage == "autoencoder"))
         assert done.returncode == 0, done.stderr
+        state = torch.load(tmp_path / f"{stage}.pt", weights_only=True)["optimizer"]["state"]
+        assert any(moments["exp_avg"].any() for moments in state.values())  # --clip 0 is no limit
         assert read_log(tmp_path / f"{stage}.csv", "lr") == [pytest.approx([rate(i, 40)], rel=1e-4) for i in range(40)]
 
 
@@ -234,8 +236,7 @@ def test_samples_are_those_of_algorithm_1(run, script, tmp_path, flagged):
     autoencoder = models["autoencoder"]
     mean, std = autoencoder.motion_mean, autoencoder.motion_std
     bounds = None if run.text else (-1, 1), ((-1 - mean) / std, (1 - mean) / std)
-    for stage, shape, *how in (
-            ("content", autoencoder.content_shape, scale, steps, eta, bounds[0]),
+    for stage, shape, *how in (("content", autoencoder.content_shape, scale, steps, eta, bounds[0]),
             ("motion", autoencoder.motion_shape, motion_scale, motion_steps, eta, bounds[1])):
         conditions, nothing = (torch.arange(n), torch.tensor([12] * n)), "star" if flagged else ""
         if run.text:

@@ -190,8 +190,7 @@ def test_kills_at_random_moments_leave_every_file_whole(start, ends, copy, round
 def test_torchrun_hands_on_a_signal_and_all_of_its_processes_stop_when_they_have_saved(copy):
     """The signal also reaches the loader's workers, which the ranks still need."""
     run = copy("run", "autoencoder")
-    agent = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+    agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          *words("motion", run, "--steps 5000 --workers 1 --save-every 5000")], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS="1"))
     wait_for((run / "motion.csv").exists, agent)

@@ -157,7 +157,7 @@ def judge_folders(root, folder):
     beside = folder if os.path.isfile(f"{folder}/captions.txt") else f"{folder}/.."  # of --reconstruct
     drawn, captions = read_clips(folder)[0], data.read_text(f"{beside}/captions.txt").splitlines()
     if other := {*captions} - {*label_of}:
-        raise SystemExit(f"{folder}/captions.txt names {min(other)!r}, but no class folder in {root} is called so")
+        raise SystemExit(f"{beside}/captions.txt names {min(other)!r}, but no class folder in {root} is called so")
     labels, wanted = torch.tensor([[row[1]] for row in rows]), torch.tensor([[label_of[line]] for line in captions])
     rng, known = np.random.default_rng(0), torch.arange(len(rows)) % 6 > 0
     real = np.stack([data.read_clip(f"{root}/{name}", FRAMES, drawn.shape[3:], rng=rng) for name, _, _ in rows])
