@@ -229,7 +229,7 @@ PRESETS = {
 }
 
 
-# What --resume may change (of --data the path, not the videos), --encode too, and only --encode into another folder.
+# What --resume and --encode may change (of --data the path, not the videos); what only --encode; only elsewhere.
 CHANGEABLE = set("run_dir resume encode data steps batch_size accumulate workers dtype compile checkpointing log_every "
                  "save_every preview_every".split())
 ENCODING, ELSEWHERE = "captions split clips clips_per_video shard_size".split(), ["stride", "seed"]

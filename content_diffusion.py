@@ -70,7 +70,7 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def test_loss(self, model, x, *others):
         """The loss of test clips x (N, ...), for early stopping: 64 pairs of a clip and a t, spread evenly over 0..999,
-        always with the same noise, so that steps and runs compare. others: model(x_t, t, *others), a row a clip."""
+        always with the same noise, so that steps and runs compare. others: further inputs of the model."""
         if not len(x):  # no test video can be read
             return math.nan
         clips = torch.arange(max(64, len(x)), device=x.device) % len(x)
@@ -269,7 +269,7 @@ def read_flags():
     add("--patch", type=int, help="DiT's patch on the content frame")
     add("--sd", help="raw Stable Diffusion 1.5 or 2.1-base file to start from, for --model sd")
     add("--dit", help="raw ImageNet DiT file to start a DiT from, such as DiT-XL-2-256x256.pt")
-    add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean latent")
+    add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean input")
     add("--schedule", choices=["linear", "scaled_linear"], help="betas: DiT's, or Stable Diffusion's")
     add("--drop", type=float, help="how often the label or prompt is dropped, for guidance")
     add("--ema", type=float, help="decay of the weights' moving average")

@@ -135,7 +135,7 @@ class BadVideo(Exception):
 
 
 def find_videos(root):
-    """Sorted paths in `root` of its video files, at any depth. Of several (links) the one without, or the shortest."""
+    """Sorted paths in `root` of its video files, at any depth. Of one that links reach too, the direct or shortest."""
     files = [file for file in glob.glob("**/*", root_dir=root, recursive=True) if file.lower().endswith(VIDEO_ENDINGS)]
     real, top = {file: os.path.realpath(os.path.join(root, file)) for file in files}, os.path.realpath(root)
     files.sort(key=lambda file: (real[file] == os.path.join(top, file), -file.count(os.sep), file))

@@ -153,7 +153,7 @@ def middle_224(video, smallest, largest, rounded):
 
 class Detector:
     """Clips, a list of uint8 (L, H, W, 3) -> features, float32 (n, 400). path: a TorchScript archive, which is a
-    program and runs; I3D weights, which run nothing; or 'random'. i3d_pretrained_400.pt and rgb_imagenet.pt have the
+    program and runs; I3D weights, which are only read; or 'random'. i3d_pretrained_400.pt and rgb_imagenet.pt have the
     same names and shapes but want other inputs: one named rgb_*, or in PyTorch's format of 2017, counts as the latter.
     """
 

@@ -159,7 +159,7 @@ def read_flags():
     add("--patch", type=int, help="DiT's patch on the motion latent")
     add("--content-patch", type=int, help="its patch on the content frame (table 4c)")
     add("--text", help="condition on captions: raw file with a text encoder, full Stable Diffusion or OpenCLIP ViT-H")
-    add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean latent")
+    add("--predict", choices=["eps", "v", "x"], help="what the model predicts: the noise, v or the clean input")
     add("--schedule", choices=["linear", "scaled_linear"], help="betas: DiT's, or Stable Diffusion's")
     add("--drop", type=float, help="how often the label or prompt is dropped, for guidance")
     add("--ema", type=float, help="decay of the weights' moving average")

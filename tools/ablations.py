@@ -48,7 +48,7 @@ TABLES = {  # table: {row: (flags of the stages that are not the base run's, fla
         "4": ({}, "--guidance 4", "-"), "8": ({}, "--guidance 8", "-")},
     "ours: guidance on the motion": {
         "1 (none)": ({}, "", "-"), "1.5": ({}, "--motion-guidance 1.5", "-"), "5": ({}, "--motion-guidance 5", "-")},
-    "ours: content weights for each token, noise on the motion": {
+    "ours: content weights for each patch, noise on the motion": {
         "the default": ({}, "", "-"),
         "weights for each pixel, no noise": (dict(autoencoder="--no-smooth --noise 0"), "", "-")},
     "ours: the same, reconstruction": {

@@ -1,4 +1,4 @@
-"""What one would use in place of CMD, on the moving shapes, after as many CPU seconds of training.
+"""Trains another model on the moving shapes, for as many CPU seconds as CMD: a video DiT, or a 3-D U-Net.
 
     OMP_NUM_THREADS=1 python tools/baselines.py dit out/dit --seconds 1573     # a video DiT; repeat it to go on
     pip install video-diffusion-pytorch && OMP_NUM_THREADS=1 python tools/baselines.py unet out/unet --seconds 1573

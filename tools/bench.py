@@ -5,7 +5,7 @@
     python tools/bench.py --headline --time 256 256           # beside ModelScope's text-to-video; seconds on this CPU
 
 T are 10**12 multiply-accumulates of one clip: as the paper counts them (its TFLOPs), of convolutions and linear layers
-alone, and in full. What a GPU makes of them, tools/gpu.py measures.
+alone, and in full. tools/gpu.py measures seconds on a GPU.
 """
 
 import argparse

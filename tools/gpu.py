@@ -1,4 +1,4 @@
-"""What a GPU makes of every model and stage in eight minutes: right results, seconds, TFLOP/s, memory, in one table.
+"""Checks and times every model and stage on a GPU in eight minutes: errors, seconds, TFLOP/s, memory, in one table.
 
     python tools/gpu.py --tiny                           # first: all of it at tiny size, on the CPU if there is no GPU
     python tools/gpu.py                                  # the paper's sizes

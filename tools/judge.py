@@ -8,7 +8,7 @@
 
 Prints the share of clips whose shape and motion (with --prompts also colour) are as captions.txt says; without
 --prompts the Frechet distance of the classifier's features from those of 2,400 other real clips, an FVD for shapes; how
-far colours and places deviate among clips of one class or prompt, where real ones have 1; and what was found how often.
+far colours and places vary within a class or prompt (real clips: 1); and how often each word was found.
 The classifier is always the same; its real clips are in no run. Of --reconstruct, name the `fake` folder.
 """
 
@@ -128,8 +128,7 @@ def read_clips(folder, frames=FRAMES):
     if not files or len(files) != len(captions):
         raise SystemExit(f"{folder} has {len(files)} clips for {len(captions)} captions: name one that sample.py wrote")
     clips = np.stack([data.read_clip(os.path.join(folder, name), frames) for name in files])  # (N, L, H, W, 3)
-    labels = [[next((words.index(word) for word in caption if word in words), -1) for words in WORDS.values()]
-              for caption in captions]
+    labels = [[next((words.index(w) for w in line if w in words), -1) for words in WORDS.values()] for line in captions]
     return data.to_floats(torch.from_numpy(clips)), torch.tensor(labels)
 
 
@@ -149,7 +148,7 @@ def shares(found, labels):
     return ", ".join(f"{name} {share:.1%}" for name, share in [*columns, ("all", right.all(1).float().mean())])
 
 
-def judge_folders(root, folder):
+def judge_folders(root, folder, stride):
     """Prints how many clips of `folder` show their class, by two classifiers trained on five of six videos in `root`,
     on whole clips and on what moves (clips minus their median frame), and the change from frame to frame (real: 1)."""
     rows, classes, _ = data.folder_rows(root)
@@ -160,7 +159,7 @@ def judge_folders(root, folder):
         raise SystemExit(f"{beside}/captions.txt names {min(other)!r}, but no class folder in {root} is called so")
     labels, wanted = torch.tensor([[row[1]] for row in rows]), torch.tensor([[label_of[line]] for line in captions])
     rng, known = np.random.default_rng(0), torch.arange(len(rows)) % 6 > 0
-    real = np.stack([data.read_clip(f"{root}/{name}", FRAMES, drawn.shape[3:], rng=rng) for name, _, _ in rows])
+    real = np.stack([data.read_clip(f"{root}/{name}", FRAMES, drawn.shape[3:], stride, rng) for name, _, _ in rows])
     real = data.to_floats(torch.from_numpy(real))
     for what, of in ("whole clips", lambda x: x), ("what moves", lambda x: x - x.median(2, keepdim=True).values):
         def draw(indices):
@@ -180,12 +179,13 @@ def main():
     parser.add_argument("folders", nargs="*", help="folders that sample.py wrote from a run on the shapes")
     parser.add_argument("--prompts", action="store_true", help="they are clips of prompts, from a shapes_text run")
     parser.add_argument("--videos", help="they are clips of the classes of these folders of videos")
+    parser.add_argument("--stride", type=int, default=1, help="that of the run, with --videos")
     parser.add_argument("--list", choices=["seen", "held-out", "star", "pink"], help="only print prompts of this kind")
     args = parser.parse_args()
     if args.list:
-        return print("\n".join(prompts_of(args.list)))
+        return print(*prompts_of(args.list), sep="\n")
     if args.videos:
-        return [judge_folders(args.videos, folder) for folder in args.folders]
+        return [judge_folders(args.videos, folder, args.stride) for folder in args.folders]
     folders = {folder: read_clips(folder) for folder in args.folders}
     if not args.prompts and any((labels[:, 1:] < 0).any() for _, labels in folders.values()):
         raise SystemExit("a caption names no shape or no motion: clips of prompts are judged with --prompts")
@@ -200,7 +200,7 @@ def main():
         if (labels >= 0).all() and len(labels.unique(dim=0)) < len(labels):
             same = [(real_clips(labels, (2, i)), labels) for i in range(3)] if args.prompts else [(real, real_labels)]
             ratios = spread(videos, labels) / np.mean([spread(*clips) for clips in same], 0)
-            print("    deviation, real: 1: colour {:.2f}, position {:.2f}, background {:.2f}".format(*ratios))
+            print("    spread, real: 1: colour {:.2f}, place {:.2f}, background {:.2f}".format(*ratios))
         for words, column in zip(list(WORDS.values())[-labels.shape[1]:], found.T.tolist()):
             print("    found: " + ", ".join(f"{word} {column.count(i)}" for i, word in enumerate(words) if i in column))
 
