@@ -155,9 +155,8 @@ class Autoencoder(nn.Module):
 
     def encode(self, video):
         """video (B, C, L, H, W) -> content (B, C, H, W) within the frames' range, motion (B, D, L, H'+W') in [-1, 1]"""
-        if video.shape[1:] != (self.channels, self.frames, *self.size):
-            raise SystemExit(f"this autoencoder takes clips of (channels, frames, height, width) "
-                             f"{(self.channels, self.frames, *self.size)}, not {tuple(video.shape[1:])}")
+        if video.shape[1:] != (wanted := (self.channels, self.frames, *self.size)):
+            raise SystemExit(f"this autoencoder takes clips (B, C, L, H, W) of {wanted}, not {tuple(video.shape[1:])}")
         u = self.encoder(self.embed(self.patches(video.transpose(1, 2))))  # (B, L, H', W', C')
         z_x = self.to_rows(u.mean(3))  # equation 4, the mean over columns: (B, L, H', D)
         z_y = self.to_columns(u.mean(2))  # and over rows: (B, L, W', D)
@@ -216,7 +215,7 @@ PAPER = dict(  # appendix B; depth, heads and steps: docs/DIFFERENCES.md
 SHAPES = dict(
     data="shapes", size=[32], frames=16, channels=3, patch=4, width=64, motion_channels=8, depth=2, heads=4,
     smooth=True, noise=0.1, loss="mse", lr=2e-3, betas=[0.9, 0.99], batch_size=4, steps=1400, decay=True,
-    clips=4000, clips_per_video=1, save_every=500, preview_every=1000, log_every=50, workers=0)
+    clips=0, clips_per_video=1, save_every=500, preview_every=1000, log_every=50, workers=0)
 TINY_SD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "tiny-sd.safetensors")
 PRESETS = {
     "shapes": SHAPES,
@@ -275,7 +274,7 @@ def read_flags():
     add("--log-every", type=int, help="steps between rows of autoencoder.csv")
     add("--save-every", type=int, help="steps between checkpoints")
     add("--preview-every", type=int, help="steps between pictures in previews/")
-    add("--clips", type=int, help="videos to encode; 0: all")
+    add("--clips", type=int, help="videos to encode; 0: all, of the endless shapes 4000")
     add("--clips-per-video", type=int, help="clips from each video, each from a random start")
     add("--shard-size", type=int, default=1024, help="clips in a file")
 
@@ -296,18 +295,13 @@ def read_flags():
             raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
     if not args.data or args.channels == 4 and not args.sd:
-        raise SystemExit(f"--preset {args.preset} needs --data: a folder of videos or a CSV of captions"
-                         + ", and --sd: a raw Stable Diffusion or image autoencoder file" * (args.channels == 4))
-    if saved and not saved.get("optimizer") and (source == run_dir and encode or saved["step"] < args.steps):
-        raise SystemExit(f"{source} comes without its optimizer and stays as it is: `--encode {source} --run-dir "
-                         "runs/mine` encodes with its autoencoder into a folder of yours")
-    if saved and any(os.path.exists(f"{run_dir}/{name}.pt") for name in ("content", "motion")) and (
-            encode and source == run_dir or saved["step"] < args.steps or args.data != saved["args"]["data"]):
-        raise SystemExit(f"{run_dir} has later stages of this autoencoder and encodings: --resume alone makes these "
-                         f"again; train on in a copy of {path}, or --encode {run_dir} --run-dir NEW")
+        raise SystemExit(f"--preset {args.preset} needs --data{', and --sd: see RECIPES.md' * (args.channels == 4)}")
     if encode and saved["step"] < args.steps:
-        raise SystemExit(f"stage 1 stopped after step {saved['step']} of {args.steps}: finish it with --resume, or add "
-                         f"--steps {saved['step']} to encode with it as it is")
+        raise SystemExit(f"stage 1 is at step {saved['step']} of {args.steps}: --resume or add --steps {saved['step']}")
+    later = any(os.path.exists(f"{run_dir}/{stage}.pt") for stage in ("content", "motion"))
+    if saved and (later or not saved.get("optimizer")) and (saved["step"] < args.steps or encode and source == run_dir):
+        raise SystemExit(f"{path} {'has later stages' if later else 'comes without its optimizer'}, so it and the "
+                         f"encodings stay: `--encode {run_dir} --run-dir NEW` encodes with it for new stages 2 and 3")
     return args, saved
 
 
@@ -337,6 +331,10 @@ def encode_dataset(args, model, image, dataset, indices, test_set, rank, world, 
     if world > 1:  # rank 0's: copies of the videos on other disks have other dates
         dist.broadcast_object_list(shared)
     identity = shared[0]
+    for path in (f"{args.run_dir}/content.pt", f"{args.run_dir}/motion.pt"):
+        if os.path.exists(path) and data.load_checkpoint(path)["identity"] != identity:
+            raise SystemExit(f"{path} has learned other encodings than these flags and videos, with these dates, give: "
+                             f"--encode {args.run_dir} --run-dir NEW, train in NEW")
     shards = [range(total)[i : i + args.shard_size] for i in range(0, total, args.shard_size)]
     shards += [range(len(test_set))[:64]]
     size = max(1, min(args.batch_size // (world * args.accumulate), 32))  # no larger than in training, where it fits
@@ -383,11 +381,12 @@ def encode_dataset(args, model, image, dataset, indices, test_set, rank, world, 
         raise SystemExit(f"not one clip of {args.data} could be encoded")
     values = sum(counts) * model.frames * sum(model.grid)  # of one channel
     mean, square = sum(shard.get_tensor("sums") for shard, _, _ in written)[..., None, None] / values  # (D, 1, 1) each
+    if not mean.isfinite().all():
+        raise SystemExit("motion latents are NaN or infinite: stage 1 diverged, or --sd overflows in half precision")
     model.motion_mean.copy_(mean)
     model.motion_std.copy_((square - mean**2).clamp_min(1e-12).sqrt())
     if rank == 0:
-        print(f"encoded {sum(counts)} clips for training into {args.run_dir}/encodings; {total - sum(counts)} left "
-              "out, of videos that are too short or unreadable")
+        print(f"encoded {sum(counts)} clips for training; {total - sum(counts)} left out, too short or unreadable")
     return identity, counts
 
 
@@ -447,8 +446,7 @@ def main():
     if world > 1:
         dist.init_process_group()
     if args.batch_size % (world * args.accumulate):
-        raise SystemExit(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
-                         f"times --accumulate {args.accumulate}")
+        raise SystemExit(f"{world} ranks * --accumulate {args.accumulate} do not divide --batch-size {args.batch_size}")
     half = args.dtype == "bfloat16" or args.dtype is None and device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16, half)
 
@@ -482,7 +480,7 @@ def main():
     config |= dict(size=[n // factor for n in args.size], squash=image is None)
     model = Autoencoder(**config).to(device)
     model.encoder.checkpointing = model.decoder.checkpointing = args.checkpointing
-    lpips = load_lpips(*args.lpips).to(device) if args.lpips else None
+    lpips = load_lpips(*args.lpips).to(device) if args.lpips and not encode else None
     weights, rows = list(model.parameters()), saved.get("rows", []) if saved else []
     optimizer = torch.optim.Adam(weights, lr=args.lr, betas=args.betas, fused=True)
     if saved:
@@ -526,7 +524,7 @@ def main():
     if rank == 0:
         print(f"{dataset.about}\nautoencoder: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, steps {first} "
               f"to {last}, {path}; {device}, {'bfloat16' if half else 'float32'}{', compiled' * compiled}")
-    bar = tqdm(range(first, last), initial=first, total=last, desc="autoencoder", disable=rank > 0)
+    bar = tqdm(range(first, last), initial=first, total=last, desc="autoencoder", disable=rank > 0 or first == last)
     for step in bar:
         # The random numbers of step s depend on (seed, s) alone and are made for the whole batch, of which each rank
         # takes its rows: they are the same after a resume or with another number of ranks.

@@ -307,6 +307,8 @@ def read_flags():
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
     if saved and saved["identity"] != stage1["identity"]:
         raise SystemExit(f"{path} is of other encodings: autoencoder.py --encode {run_dir} --run-dir NEW, train in NEW")
+    if args.sd == TINY_SD and os.path.basename(TINY_SD) not in (stage1["args"]["sd"] or ""):
+        raise SystemExit(f"{run_dir} is of {stage1['args']['sd'] or 'pixels'}: give the same --sd, and stage 3 --text")
     return args, stage1, saved
 
 
@@ -326,8 +328,8 @@ def load_content(run_dir, state=None):
 def new_model(args, shape, classes):
     """(config, DiT, None) or (None, UNet, TextEncoder) to train, by the flags and the encodings."""
     C, *size = shape
-    if (args.model == "sd") != bool(args.sd) or args.dit and args.sd:
-        raise SystemExit("--model sd needs --sd, a raw Stable Diffusion 1.5 or 2.1-base file; --dit is for the others")
+    if (args.model == "sd") != bool(args.sd) or (args.dit if args.sd else args.preset.startswith("webvid")):
+        raise SystemExit("webvid and --model sd need --sd, a raw Stable Diffusion 1.5 or 2.1-base file; --dit others")
     if args.sd:
         return None, *load_stable_diffusion(args.sd, args.predict)
     config = dict(channels=C, size=size, patch=args.patch, classes=max(1, len(classes)), **DIT_SIZES[args.model])
@@ -376,8 +378,7 @@ def main():
         if len(set(found)) > 1:
             raise SystemExit(f"the ranks find different checkpoints in {run_dir}: it must be on a disk that they share")
     if args.batch_size % (world * args.accumulate):
-        raise SystemExit(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
-                         f"times --accumulate {args.accumulate}")
+        raise SystemExit(f"{world} ranks * --accumulate {args.accumulate} do not divide --batch-size {args.batch_size}")
     half = args.dtype == "bfloat16" or args.dtype is None and device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16, half)
 
@@ -804,9 +805,9 @@ def load_stable_diffusion(path, predict="eps"):
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     output = unet(x, torch.tensor([999]), encoder.encode([""]))
     agreement = F.cosine_similarity(output.flatten(), x.flatten(), dim=0).item()
-    if predict != "v" and agreement < 0.7:
-        warnings.warn(f"{path}: at t = 999 the U-Net's output has cosine {agreement:.2f} with the noise, not almost 1"
-                      ": add --predict v if it predicts v, as 2.1's 768 model does; else it is untrained", stacklevel=2)
+    if (predict == "eps") != (agreement > 0.7):
+        warnings.warn(f"{path}: at t = 999 the U-Net's output has cosine {agreement:.2f} with the noise: --predict eps "
+                      "is for almost 1, --predict v for others, such as 2.1's 768 model", stacklevel=2)
     return unet, encoder
 
 

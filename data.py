@@ -387,7 +387,7 @@ def open_dataset(data, frames, size, stride=1, split=None, captions=None, seed=0
     hashed, other = sorted(rows, key=lambda row: digest(row[0])), split and split.replace("trainlist", "testlist")
     if split != other and os.path.exists(other):
         tests = sorted(folder_rows(data, other)[0], key=lambda row: digest(row[0]))
-    elif everything or len(rows) < 4:
+    elif everything or len({row[0] for row in rows}) < 4:
         tests, about = hashed, about + "; too few to keep one for testing: training clips are used" * (not everything)
     else:
         limit = max(min(1 / 50, 64 / len(rows)) * 2**32, int(digest(hashed[0][0])[:8], 16) + 1)  # at least one video

@@ -321,9 +321,9 @@ def fvd(args):
     if args.rank == 0 and (N != M or N <= D):
         print(f"warning: {N} real, {M} fake clips, {D} features: FVD is biased unless N is equal, and far above {D}",
               file=sys.stderr)
+    each = "; ".join(f"{name}s: real {a[name]}, fake {b[name]}" for name in ("seed", "stride", "codec"))
     return (f"FVD {frechet_distance(a['features'], b['features']):.2f} | {N} real, {M} fake clips | {args.frames} "
-            f"frames, {size[0]}x{size[1]}, seed {b['seed']}; strides: real {a['stride']}, fake {b['stride']}; codecs: "
-            f"real {a['codec']}, fake {b['codec']} | {KINDS[detector.kind][0]}, {b['name']}: {D} numbers before the "
+            f"frames, {size[0]}x{size[1]}, {each} | {KINDS[detector.kind][0]}, {b['name']}: {D} numbers before the "
             f"softmax; random clips, real ones of {a['videos']} videos{listed}; covariance over N")
 
 

@@ -80,8 +80,7 @@ class MotionDiT(nn.Module):
         super().__init__()
         height, wide = (size, size) if isinstance(size, int) else size
         if height % content_patch or wide % content_patch:
-            raise SystemExit(f"a content frame of {height}x{wide} cannot be cut into patches of {content_patch}: "
-                             "choose another --content-patch")
+            raise SystemExit(f"--content-patch {content_patch} does not divide a content frame of {height}x{wide}")
         self.motion_channels, self.frames, self.columns, self.patch = motion_channels, frames, columns, patch
         self.classes, self.text, self.checkpointing = classes, text, False
         self.grid = (-(-frames // patch), -(-columns // patch))  # of motion tokens, rounded up: time, rows and columns
@@ -263,8 +262,7 @@ def main():
         if len(set(found)) > 1:
             raise SystemExit(f"the ranks find different checkpoints in {run_dir}: it must be on a disk that they share")
     if args.batch_size % (world * args.accumulate):
-        raise SystemExit(f"--batch-size {args.batch_size} is over all ranks: make it a multiple of {world} rank(s) "
-                         f"times --accumulate {args.accumulate}")
+        raise SystemExit(f"{world} ranks * --accumulate {args.accumulate} do not divide --batch-size {args.batch_size}")
     half = args.dtype == "bfloat16" or args.dtype is None and device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16, half)
 

@@ -87,6 +87,8 @@ class Sampler:
             with torch.autocast(self.device.type, torch.bfloat16, half):
                 frames = self.autoencoder.decode(c, m)
             parts.append(to_pixels(frames, self.image))
+            if parts[-1].isnan().any():
+                raise SystemExit("decoded to NaN: is the image autoencoder one that overflows in half precision?")
         return torch.cat(parts)
 
     def draw(self, name, stage, wishes, seeds, scale, steps, bounds, frame=None):
@@ -153,9 +155,11 @@ def read_flags():
     if not 1 <= min(args.steps, args.motion_steps) <= max(args.steps, args.motion_steps) <= 1000:
         parser.error("--steps and --motion-steps: 1 to 1000, the number of noise levels in training")
     real = args.reconstruct or args.predict_motion
-    for name in ("label", "prompt", "prompts", "image", "same_content") if real else ("data", "split", "captions"):
+    for name in "label prompt prompts image same_content guidance".split() if real else ("data", "split", "captions"):
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} does not go with {'real' if real else 'generated'} clips")
+    if args.negative_prompt and args.motion_guidance == 1 and (args.image or real or args.guidance == 1):
+        parser.error("--negative-prompt needs guidance: of the content frame, or --motion-guidance")
     if not args.run_dir:
         here, stages = os.path.dirname(os.path.abspath(__file__)), ("autoencoder", "content", "motion")
         trained = all(os.path.exists(f"runs/shapes/{stage}.pt") for stage in stages)
@@ -195,8 +199,7 @@ def open_real(args, trained, classes, with_text):
         tests, test = train, np.random.default_rng(args.seed).permutation(len(train)).tolist()
     names, own = tests.classes or ["video"], classes or ["video"]
     if args.predict_motion and not with_text and set(names) - set(own):
-        raise SystemExit(f"{args.run_dir} was trained on {', '.join(own[:12])}; it does not know the classes "
-                         f"{', '.join(sorted(set(names) - set(own))[:12])}")
+        raise SystemExit(f"{args.run_dir} does not know the classes {', '.join(sorted(set(names) - set(own))[:12])}")
     if len(test) < (args.num or 0):
         print(f"{len(test)} clips, not {args.num}: the data set has no more")
     numbers = {number: own.index(name) for number, name in enumerate(names) if name in own}

@@ -288,6 +288,8 @@ def test_adding_videos_never_turns_a_training_clip_into_a_test_clip(tmp_path, ca
         assert of_train | of_test == {*names[:count]} and not of_train & of_test and len(train) + len(test) == len(rows)
         assert not before & of_test and (10 if count >= 1000 else 1) <= len(of_test) <= 100
         before = of_train
+    touch(tmp_path, ["list.csv"], b"path,caption" + b"\na.mp4,four captions of one video" * 4)
+    assert "too few to keep one" in data.open_dataset(f"{tmp_path}/list.csv", 4, 16)[0].about
 
 
 def test_identities_change_with_the_list_its_labels_and_its_captions(tmp_path):

@@ -214,8 +214,7 @@ def ramp(height, width, frames=9):
     ("videogpt", 240, 224, (240, 224), 8, 0),
     ("pytorch-i3d", 113, 150, (226, 300), 1, 38),
     ("pytorch-i3d", 240, 250, (240, 250), 8, 13),  # 226 to 256 stays as it is
-    ("pytorch-i3d", 512, 512, (256, 256), 16, 16),
-])
+    ("pytorch-i3d", 512, 512, (256, 256), 16, 16)])
 def test_a_ramp_reaches_i3d_as_computed_by_hand(kind, height, width, resized, rows, columns):
     seen, detector = [], fvd.Detector("random")
     detector.kind, detector.network = kind, lambda x: seen.append(x.numpy()) or torch.zeros(len(x), 4)
@@ -280,9 +279,9 @@ def test_the_number_is_that_of_the_features_computed_one_by_one(script, folders,
                 rows += [*detector([np.stack(clip)])]
     value, about = re.fullmatch(r"FVD ([\d.]+) \| (.*)\n", done.stdout).groups()
     assert float(value) == pytest.approx(fvd.frechet_distance(*sets), rel=1e-4) and float(value) > 5
-    assert about == ("5 real, 5 fake clips | 16 frames, 24x24, seed 0; strides: real 1, fake 1; codecs: real none, "
-                     "fake none | StyleGAN-V's TorchScript I3D, tiny.pt: 40 numbers before the softmax; random clips, "
-                     "real ones of 6 videos; covariance over N")
+    assert about == ("5 real, 5 fake clips | 16 frames, 24x24, seeds: real 0, fake 0; strides: real 1, fake 1; codecs: "
+                     "real none, fake none | StyleGAN-V's TorchScript I3D, tiny.pt: 40 numbers before the softmax; "
+                     "random clips, real ones of 6 videos; covariance over N")
     assert re.search(r"left out: .*v4: .*has 5 frames, 16 needed\n(.*\n)*warning: 5 real, .* 40 feat", done.stderr)
 
 
@@ -301,6 +300,7 @@ def test_saved_features_take_the_place_of_real_if_made_in_the_same_way(script, r
     again = script("fvd.py", saved, fake, "--i3d", tiny)
     assert again.stdout == first and "REAL" not in again.stderr  # nothing is read a second time
     assert line(script, saved, saved, "--i3d", tiny).startswith("FVD 0.00 ")
+    assert ", seeds: real 0, fake 1; " in line(script, saved, fake, "--i3d", tiny, "--seed", 1)
     other = torch.jit.load(tiny)
     other.first.bias.data += 1
     torch.jit.save(other, tmp_path / "other.pt")

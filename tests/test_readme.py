@@ -26,10 +26,8 @@ SCRIPTS = ["autoencoder", "content_diffusion", "motion_diffusion", "sample", "fv
 TRAINING = "--steps 2 --batch-size 2 --workers 0 --log-every 1 --save-every 2 --preview-every 2 "
 TINY = {  # script: what is added to a command's own flags (of two the last one counts), so that it takes seconds
     "autoencoder.py": TRAINING + "--width 16 --depth 1 --heads 2 --clips 4 --frames 9 ",
-    "content_diffusion.py": TRAINING,
-    "motion_diffusion.py": TRAINING + "--model mini ",
-    "sample.py": "-n 2 --batch-size 2 --steps 2 --motion-steps 2 ",
-    "fvd.py": "-n 2 --frames 9 "}
+    "content_diffusion.py": TRAINING, "motion_diffusion.py": TRAINING + "--model mini ",
+    "sample.py": "-n 2 --batch-size 2 --steps 2 --motion-steps 2 ", "fvd.py": "-n 2 --frames 9 "}
 OF_PRESET = {  # what the stages need besides
     "shapes": ("--size 16", "--model mini", ""), "shapes_text": ("--size 16", "", ""),
     "webvid_sd15": ("--size 16", "", ""), "ucf101": ("--size 16 --clips-per-video 1", "--model mini --patch 4", ""),

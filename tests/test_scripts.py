@@ -153,6 +153,7 @@ def test_a_folder_of_videos_goes_through_all_four_scripts(run, filmed, tmp_path)
     assert "9 videos" in filmed.said and "2 classes" in filmed.said and filmed.named.count("broken.mp4") == 1
     clips, state = encoded(filmed.folder), load(filmed.folder, "autoencoder")
     assert state["classes"] == ["1", "b"] and clips.motion_shape == (8, 9, 10 + 16)
+    assert flags_of("autoencoder", "--data", "x").clips == 0  # with the small preset too, all videos are encoded
     assert len(clips) == 14 and "2 left out" in filmed.said  # two of each file; one is kept for testing, one is broken
     assert {"the caption of 4", "the caption of 6", "1", "b"} == {clips[i]["caption"] for i in range(14)}
     run(f"sample.py --label 1 --num 2 {FEW} --run-dir {filmed.folder} --out {tmp_path}/out")
@@ -256,14 +257,16 @@ def test_shards_are_kept_while_all_is_the_same_and_models_of_other_encodings_are
         for name in ("content.pt", "motion.pt"):
             shutil.copy(shapes / name, folder)
         for command in (*(f"{stage}.py --resume" for stage in STAGES[1:]), "sample.py", "sample.py --predict-motion",
-                        *(f"autoencoder.py {how}" for how in ("--encode", "--resume --steps 9", "--resume --data x"))):
+                        *(f"autoencoder.py {how}" for how in ("--encode", "--resume --steps 9"))):
             refused(f"{command} --run-dir {folder}", folder, "encodings")
         for name in ("content.pt", "motion.pt"):
             os.remove(folder / name)
     assert {clips[i]["label"] for i in range(len(clips))} == {0, 1}  # a few clips of a folder are of all its classes
     run(f"sample.py --reconstruct -n 1 --run-dir {folder} --out {tmp_path}/out")  # needs no other model
     refused(f"fvd.py {tmp_path}/out {tmp_path}/out/fake --i3d random", "out/real or")
-    run(f"autoencoder.py --encode {folder} --seed 1 --run-dir {tmp_path}/new")
+    state = load(folder, "autoencoder")
+    torch.save(state | dict(args=state["args"] | dict(lpips=["/gone", "/gone"])), folder / "autoencoder.pt")
+    run(f"autoencoder.py --encode {folder} --seed 1 --run-dir {tmp_path}/new")  # needs no LPIPS
     assert load(tmp_path / "new", "autoencoder")["identity"] != identity
 
 
@@ -290,6 +293,8 @@ def test_motion_is_scaled_by_the_mean_and_deviation_that_its_model_learned(shape
         sampler = sample.Sampler(args, torch.device("cpu"), torch.float32)
         with torch.inference_mode():
             drawn.append(sampler.draw_motion(torch.zeros(2, 3, 16, 16), [3, 5], [0, 1]))
+            with pytest.raises(SystemExit, match="NaN"):
+                sampler.decode(torch.full((1, 3, 16, 16), torch.nan), drawn[0][:1])
     assert torch.equal(drawn[0], drawn[1]) and (drawn[0] - drawn[2]).abs().max() > 0.05
 
 
@@ -343,7 +348,11 @@ sample.py --run-dir {text} | --prompt
 sample.py --run-dir {shapes} --out {shapes} | --out {shapes}
 sample.py --run-dir {shapes} --image {shapes}/motion.csv | --image {shapes}/motion.csv
 sample.py --run-dir {shapes} --reconstruct --predict-motion | --reconstruct | --predict-motion
-sample.py --run-dir {shapes} --predict-motion --data {videos} | 1, b | circle moving left
+sample.py --run-dir {shapes} --predict-motion --data {videos} | classes 1, b
+content_diffusion.py --run-dir {begun} --preset shapes_text | pixels | --sd
+content_diffusion.py --run-dir {begun} --preset webvid_sd15 --model mini --steps 1 --batch-size 1 --workers 0 | webvid | --sd
+sample.py --run-dir {shapes} --predict-motion --guidance 2 | --guidance
+sample.py --run-dir {text} --prompt x --guidance 1 --negative-prompt y | --negative-prompt
 """.splitlines()[1:]
 
 

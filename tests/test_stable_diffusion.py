@@ -12,19 +12,9 @@ import torch
 from bench import macs
 from safetensors.torch import save_file
 
+import content_diffusion
 from autoencoder import ImageAutoencoder, load_image_autoencoder, load_weights, open_image_autoencoder, read_checkpoint
-from content_diffusion import (
-    DiT,
-    TextEncoder,
-    UNet,
-    from_openclip,
-    load_dit,
-    load_stable_diffusion,
-    load_text_encoder,
-    open_text_encoder,
-    sincos_positions,
-    tokenize,
-)
+from content_diffusion import DiT, TextEncoder, UNet, load_dit, load_stable_diffusion, load_text_encoder, tokenize
 
 UNETS = {"1.5": dict(width=32, context=64), "2.1": dict(width=64, context=128, head_width=64)}
 CAPTIONS = ["a red circle moving left", "", "Two DOGS, playing; in the snow!"]
@@ -196,7 +186,7 @@ def test_full_size_text_encoders_have_the_real_files_tensors():
     assert shapes(reference.state_dict(), remove="text_model.") == shapes(small.state_dict())
     assert len(small.state_dict()) == 196 and sum(p.numel() for p in small.parameters()) == 123_060_480
     assert len(openclip.state_dict()) == 5 + 24 * 12  # and logit_scale and attn_mask in the real file
-    read = from_openclip(openclip.state_dict())
+    read = content_diffusion.from_openclip(openclip.state_dict())
     assert shapes(large.state_dict()) | {"text_projection": (1024, 1024)} == shapes(read)
 
 
@@ -269,8 +259,7 @@ WRONG_FILES = {  # (prefixes of the tensors that are left out, tensors in their 
     "inpainting": ([], {U + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "inpainting"),
     "SDXL": ([C], {XL: torch.zeros(1), U + "label_emb.0.0.weight": torch.zeros(1)}, "SDXL"),
     "LoRA": ([""], {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(1)}, "lora_unet_down"),
-    "only the autoencoder": ([U, C], {}, "first_stage_model"),
-    "no text encoder": ([C], {}, "text encoder"),
+    "only the autoencoder": ([U, C], {}, "first_stage_model"), "no text encoder": ([C], {}, "text encoder"),
     "missing": ([U + "out.2.bias"], {}, r"Missing.*out\.2\.bias"),
     "unexpected": ([], {U + "pet.bias": torch.zeros(2)}, r"Unexpected.*pet\.bias"),
     "misshaped": ([], {U + "out.2.bias": torch.zeros(7)}, r"out\.2\.bias.*\[7\].*\[4\]"),
@@ -312,14 +301,14 @@ def test_weights_are_copied_and_a_checkpoint_keeps_the_text_encoder_in_half_prec
     encoder = randomised(TextEncoder(64, 2, 1))
     state = encoder.state()
     assert state["weights"]["final_layer_norm.bias"].dtype == torch.float16
-    assert (open_text_encoder(**state).encode(CAPTIONS) - encoder.encode(CAPTIONS)).abs().max() < 0.01
+    assert (content_diffusion.open_text_encoder(**state).encode(CAPTIONS) - encoder.encode(CAPTIONS)).abs().max() < 0.01
 
 
 @pytest.fixture
 def dit_file(tmp_path):
     """(model, path) of a small file as DiT-XL-2-256x256.pt is: with sigma in the output, positions, 1000 classes."""
     source = randomised(DiT(channels=4, size=8, patch=2, classes=1000, **SMALL), seed=3)
-    state = source.state_dict() | {"pos_embed": sincos_positions(4, 4, 32)[None]}
+    state = source.state_dict() | {"pos_embed": content_diffusion.sincos_positions(4, 4, 32)[None]}
     for kind in ("weight", "bias"):  # (p, q, channel): behind each pixel's 4 channels come its 4 sigmas
         rows = state[f"final_layer.linear.{kind}"].unflatten(0, (2, 2, 4))
         state[f"final_layer.linear.{kind}"] = torch.cat([rows, torch.full_like(rows, 9)], 2).flatten(0, 2)

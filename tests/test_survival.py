@@ -259,6 +259,10 @@ def test_an_interrupted_encoding_goes_on_after_the_shards_that_are_written(proce
     (about, encoded), (expected_about, expected) = clips_of(run), clips_of(tiny)
     assert about == expected_about
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(encoded, expected))
+    shard, captions, identity = data.open_shard(run, 0)
+    content, motion, label = (shard.get_tensor(name) for name in ("content", "motion", "label"))
+    data.write_shard(run, 0, identity, content, motion * torch.nan, label.tolist(), captions)
+    assert "NaN" in ends(1, start("autoencoder", run, "--resume")).stderr
 
 
 def test_other_videos_or_another_seed_are_refused_when_training_goes_on(start, ends, tmp_path, refused):
@@ -288,7 +292,9 @@ def test_ranks_may_read_copies_of_the_videos_with_other_dates_but_not_other_vide
     both = [words("autoencoder", tmp_path / "run", flags % name) for name in "ab"]
     ends(0, *processes.ranks(*both))
     ends(0, processes.start(*words("content", tmp_path / "run", "--steps 2")))
-    os.remove(tmp_path / "run" / "content.pt")  # with it stage 1 takes no other --data
+    os.utime(f"{tmp_path}/a/0.mp4", (0, 1))  # other encodings, which content.pt has not learned
+    assert "content.pt has learned" in ends(1, *processes.ranks(*(row + ["--resume"] for row in both))).stderr
+    os.remove(tmp_path / "run" / "content.pt")
     shutil.rmtree(tmp_path / "b")
     shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("0.mp4", "1.mp4"))
     assert "different videos" in ends(1, *processes.ranks(*(row + ["--resume"] for row in both))).stderr

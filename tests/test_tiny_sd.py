@@ -38,6 +38,11 @@ def models():
         return load_image_autoencoder(TINY_SD), *load_stable_diffusion(TINY_SD)
 
 
+def test_a_file_that_predicts_the_noise_gives_a_warning_with_another_predict():
+    with pytest.warns(UserWarning, match="cosine 1.00.*--predict eps is"):
+        load_stable_diffusion(TINY_SD, predict="x")
+
+
 def test_its_latents_have_unit_variance_and_come_back_as_the_picture(models):
     pictures = stills(0, 64, seed=77)[0]
     latents = models[0].encode(pictures)
