@@ -228,10 +228,10 @@ PRESETS = {
 }
 
 
-# What --resume and --encode may change (of --data the path, not the videos); what only --encode; only elsewhere.
-CHANGEABLE = set("run_dir resume encode data steps batch_size accumulate workers dtype compile checkpointing log_every "
-                 "save_every preview_every".split())
-ENCODING, ELSEWHERE = "captions split clips clips_per_video shard_size".split(), ["stride", "seed"]
+# What --resume and --encode may change (of data, captions and split the path); what only --encode; only elsewhere.
+CHANGEABLE = set("run_dir resume encode data captions split steps batch_size accumulate workers dtype compile "
+                 "checkpointing log_every save_every preview_every".split())
+ENCODING, ELSEWHERE = ["clips", "clips_per_video", "shard_size"], ["stride", "seed"]
 
 
 def read_flags():

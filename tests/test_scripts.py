@@ -350,7 +350,7 @@ sample.py --run-dir {shapes} --image {shapes}/motion.csv | --image {shapes}/moti
 sample.py --run-dir {shapes} --reconstruct --predict-motion | --reconstruct | --predict-motion
 sample.py --run-dir {shapes} --predict-motion --data {videos} | classes 1, b
 content_diffusion.py --run-dir {begun} --preset shapes_text | pixels | --sd
-content_diffusion.py --run-dir {begun} --preset webvid_sd15 --model mini --steps 1 --batch-size 1 --workers 0 | webvid | --sd
+content_diffusion.py --run-dir {begun} --preset webvid_sd15 --model mini --steps 1 --workers 0 | webvid | --sd
 sample.py --run-dir {shapes} --predict-motion --guidance 2 | --guidance
 sample.py --run-dir {text} --prompt x --guidance 1 --negative-prompt y | --negative-prompt
 """.splitlines()[1:]

@@ -270,11 +270,12 @@ def test_other_videos_or_another_seed_are_refused_when_training_goes_on(start, e
     videos.mkdir()
     for i in range(6):
         data.write_video(str(videos / f"{i}.mp4"), data.MovingShapes(5, 16)[i]["video"], 8)
-    ends(0, start("autoencoder", run, f"--data {videos} --steps 2"))
+    (videos / "list").write_text("\n".join(f"{new}{i}.mp4" for new in ("", "new") for i in range(6)))
+    ends(0, start("autoencoder", run, f"--data {videos} --split {videos}/list --steps 2"))
     again = f"autoencoder.py --run-dir {run} --resume --steps 4"
     refused(f"{again} --seed 1", "--seed 0, not 1")
     shutil.move(videos, tmp_path / "moved")
-    ends(0, start("autoencoder", run, f"--resume --steps 3 --data {tmp_path}/moved"))  # these are the same
+    ends(0, start("autoencoder", run, f"--resume --steps 3 --data {tmp_path}/moved --split {tmp_path}/moved/list"))
     for i in range(6):
         os.rename(tmp_path / "moved" / f"{i}.mp4", tmp_path / "moved" / f"new{i}.mp4")
     refused(f"{again} --data {tmp_path}/moved", "videos", f"{tmp_path}/moved")
