@@ -307,7 +307,7 @@ def read_flags():
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
     if saved and saved["identity"] != stage1["identity"]:
         raise SystemExit(f"{path} is of other encodings: autoencoder.py --encode {run_dir} --run-dir NEW, train in NEW")
-    if args.sd == TINY_SD and os.path.basename(TINY_SD) not in (stage1["args"]["sd"] or ""):
+    if args.sd == TINY_SD and "tiny-sd" not in str(stage1["args"]["sd"]):
         raise SystemExit(f"{run_dir} is of {stage1['args']['sd'] or 'pixels'}: give the same --sd, and stage 3 --text")
     return args, stage1, saved
 

@@ -196,7 +196,7 @@ def read_flags():
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
     if saved and saved["identity"] != stage1["identity"]:
         raise SystemExit(f"{path} is of other encodings: autoencoder.py --encode {run_dir} --run-dir NEW, train in NEW")
-    if args.preset.startswith("webvid") and not args.text:
+    if not args.text and "webvid" in args.preset or args.text == TINY_SD and "tiny-sd" not in str(stage1["args"]["sd"]):
         raise SystemExit(f"--preset {args.preset} needs --text: a raw file with the captions' text encoder")
     return args, stage1, saved
 
