@@ -57,7 +57,7 @@ class VideoUNet(nn.Module):
 
 def train(args, folder, model):
     """Trains for --seconds of CPU time, interruptions or not. Returns (the averaged model, seconds, steps)."""
-    path, ema = f"{folder}/seed{args.seed}.pt", copy.deepcopy(model).eval().requires_grad_(False)
+    path, ema = f"{folder}/seed{args.seed}-lr{args.lr:g}.pt", copy.deepcopy(model).eval().requires_grad_(False)
     optimizer, step, seconds = torch.optim.Adam(model.parameters(), args.lr), 0, 0.0
     parts = model, ema, optimizer
     if os.path.exists(path):

@@ -109,23 +109,17 @@ def make_inputs(stage, model, preset, batch, size=None):
     return [torch.randn(batch, model.motion_channels, model.frames, model.columns), *rest]
 
 
-def make_stage(stage, preset, batch, size=None):
-    """(model, inputs, image autoencoder or None) for training."""
-    model = make_model(stage, preset, size)
-    image = image_autoencoder(preset) if stage == "autoencoder" else None
-    return model, make_inputs(stage, model, preset, batch, size), image
-
-
 def forward_macs(what, preset, size=None):
     """Multiply-accumulates, (of layers, of attention), of one clip's forward pass through a stage's model, or through
     "images", Stable Diffusion's image encoder, or the autoencoder's "encoder"."""
+    stage = what if what in STAGES else "autoencoder"
     with torch.device("meta"):
-        if what in ("content", "motion"):
-            model, inputs, _ = make_stage(what, preset, 1, size)
+        model = make_model(stage, preset, size)
+        inputs = make_inputs(stage, model, preset, 1, size)
+        if stage != "autoencoder":
             return macs(lambda: model(*inputs))
-        model, inputs, image = make_stage("autoencoder", preset, 1, size)
         if what == "images":
-            return macs(lambda: from_pixels(*inputs, image))
+            return macs(lambda: from_pixels(*inputs, image_autoencoder(preset)))
         latents = torch.empty(1, model.channels, model.frames, *model.size)
         return macs(lambda: model.encode(latents) if what == "encoder" else model(latents))
 

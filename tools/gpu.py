@@ -72,10 +72,10 @@ def timed(call):
 
 
 def memory():
-    """The most GB of tensors on the GPU since the last call; 0 without a GPU."""
+    """The most GB that were held on the GPU since the last call, with those of CUDA graphs; 0 without a GPU."""
     if args.device == "cpu":
         return 0.0
-    most = torch.cuda.max_memory_allocated()
+    most = torch.cuda.max_memory_reserved()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return most / 1e9
@@ -151,7 +151,7 @@ def stage():
         if torch.nn.utils.clip_grad_norm_(weights, 1.0).isfinite().item():
             optimizer.step()
             with torch.no_grad():
-                if stage != "autoencoder":
+                if averages:
                     torch._foreach_lerp_(averages, weights, 0.001)
         optimizer.zero_grad()
         losses.append(loss.detach())
@@ -161,12 +161,15 @@ def stage():
             model = image = inputs = weights = averages = optimizer = None  # first the last version's go
             torch.manual_seed(0)
             with torch.device(args.device):
-                model, inputs, image = bench.make_stage(stage, preset, clips)
+                model = bench.make_model(stage, preset)
+                inputs = bench.make_inputs(stage, model, preset, clips)
+                image = bench.image_autoencoder(preset) if stage == "autoencoder" else None
             for module in filter(None, [model, image] if version == "compiled" else []):
                 for part in [module.encoder, module.decoder] if hasattr(module, "encoder") else [module]:
                     part.compile(dynamic=False, **args.compile)
             weights, losses = list(model.parameters()), []
-            averages, optimizer = copy.deepcopy(weights), torch.optim.Adam(weights, lr=1e-4, fused=True)
+            averages = copy.deepcopy(weights) if stage != "autoencoder" else []
+            optimizer = torch.optim.Adam(weights, lr=1e-4, fused=True)
             first = timed(step)[0]
             memory()
             seconds = typical(step, 30)
@@ -219,7 +222,8 @@ def attention():
     x = [randn(2, 16, 8 * sizes["n"], 48 * sizes["h"], device=args.device, dtype=torch.bfloat16, requires_grad=True)
          for _ in range(3)]
     for view, without in (("b (n p h) l d", ""), ("(b n p) h l d", ""), ("(b l) h (n p) d", "MATH formula compiled")):
-        ways = dict(formula=bench.formula, compiled=torch.compile(bench.formula, **args.compile))
+        torch._dynamo.reset()  # else other shapes would be compiled for all sizes
+        ways = dict(formula=bench.formula, compiled=torch.compile(bench.formula, dynamic=False, **args.compile))
         ways |= dict.fromkeys(("default", "MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"),
                               F.scaled_dot_product_attention)
         for name in sorted(ways.keys() - without.split()):
@@ -228,10 +232,11 @@ def attention():
                 return rearrange(ways[name](q, k, v), f"{view} -> b l (n p) (h d)", b=2, l=16, **sizes)
 
             kernel = sdpa_kernel(getattr(SDPBackend, name)) if name.isupper() else contextlib.nullcontext()
+            memory()
             with tried(f"{view}, {name}"), kernel:
-                layer().square().sum().backward()
-                finite = all(y.grad.isfinite().all().item() for y in x)  # cuDNN's are not always (pytorch issue 196678)
-                both, most = typical(lambda: layer().square().sum().backward(), 10), memory()
+                # cuDNN's gradients are not always finite (pytorch issue 196678)
+                finite = all(y.isfinite().all().item() for y in torch.autograd.grad(layer().square().sum(), x))
+                both, most = typical(lambda: torch.autograd.grad(layer().square().sum(), x), 10), memory()
                 with torch.no_grad():
                     forward = typical(layer, 10)
                 say(f"{view}, {name}", forward_ms=1e3 * forward, both_ms=1e3 * both, GB=most, finite=finite)
@@ -239,7 +244,7 @@ def attention():
 
 def rank(number, world, folder, device):
     """Writes the gradients of a small motion model, whose batch the ranks share."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["GLOO_SOCKET_IFNAME"], torch.backends.cudnn.allow_tf32 = "lo", False
     torch.distributed.init_process_group("gloo", f"file://{folder}/store{world}", rank=number, world_size=world)
     torch.manual_seed(0)
     model = DistributedDataParallel(bench.vary(MotionDiT(8, 16, 16, 3, 16, 2, 4, 144, 2, 2, 10)).to(device))
@@ -291,7 +296,8 @@ def main():
         raise SystemExit("no GPU here: add --tiny")
     if args.part[0] not in ("models", "gloo"):  # as the scripts do
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = args.part[0] in STAGES
+        torch.backends.cuda.enable_cudnn_sdp(args.part[0] not in STAGES)
     globals().get(args.part[0], stage)()
 
 

@@ -68,13 +68,12 @@ def draw_words(indices, seed=1):
 def train(steps=700, batch=48, kinds=(CLASSES,), draw=draw_classes, **options):
     """A classifier, trained on what draw(indices) gives. kinds: how many logits there are for each label, side by side;
     of shape and motion for both together."""
-    print("training the classifier on real clips", flush=True)
     torch.set_num_threads(1)  # another number of threads rounds differently, and gives another classifier
     torch.manual_seed(0)
     model = classifier(sum(kinds), **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    for step in tqdm(range(steps), desc="classifier"):
+    for step in tqdm(range(steps), desc="training the classifier"):
         video, labels = draw(range(step * batch, (step + 1) * batch))
         logits = model(video + 0.05 * torch.randn_like(video)).split(kinds, 1)
         targets = labels.T if len(kinds) == labels.shape[1] else [len(MOVES) * labels[:, 0] + labels[:, 1]]
@@ -117,7 +116,9 @@ def spread(videos, labels):
     position = torch.stack([weight.sum(axes) @ torch.linspace(0, 1, SIZE) for axes in ((1, 2, 3), (1, 2, 4))], 1)
     traits = (videos * weight).sum((2, 3, 4)), position, background.mean((2, 3, 4))
     group = labels.unique(dim=0, return_inverse=True)[1]
-    return np.array([np.nanmean([trait[group == i].std(0).mean().item() for i in group.unique()]) for trait in traits])
+    moves = position.isfinite().all(1)  # a clip that stands still shows neither place nor colour
+    return np.array([np.nanmean([trait[(group == i) & moves].std(0).mean().item() for i in group.unique()])
+                     for trait in traits])
 
 
 def read_clips(folder, frames=FRAMES):
@@ -143,9 +144,9 @@ def prompts_of(kind):
 
 def shares(found, labels):
     """Says how many are right in each column of labels (N, K), and in all."""
-    right = (found == labels) | (labels < 0)
-    columns = zip(list(WORDS)[-labels.shape[1]:], right.float().mean(0))
-    return ", ".join(f"{name} {share:.1%}" for name, share in [*columns, ("all", right.all(1).float().mean())])
+    right, known = found == labels, labels >= 0  # nan%: no caption names one
+    columns = *(right & known).sum(0) / known.sum(0), (right | ~known).all(1).float().mean()
+    return ", ".join(f"{name} {share:.1%}" for name, share in zip([*list(WORDS)[-labels.shape[1]:], "all"], columns))
 
 
 def judge_folders(root, folder, stride):

@@ -18,7 +18,7 @@ for stage in ("autoencoder", "content", "motion"):
     small = {name: state[name] for name in state if name not in ("model", "ema", "optimizer", "rows")}
     small[weights] = {name: tensor.half() for name, tensor in state[weights].items()}
     files = {name: value for name, value in state["args"].items() if name in ("sd", "text") and value}
-    if any(os.path.basename(path) != "tiny-sd.safetensors" for path in files.values()):
+    if not all(path.endswith("tools/tiny-sd.safetensors") for path in files.values()):
         raise SystemExit(f"{run_dir}/{stage}.pt is of {files}: it can only be of tools/tiny-sd.safetensors")
     small["args"] = state["args"] | dict.fromkeys(files, "tools/tiny-sd.safetensors") | dict(run_dir=out)
     if small.get("text_encoder"):  # the scripts read that of tools/tiny-sd.safetensors

@@ -1,6 +1,6 @@
 """Trains a tiny Stable Diffusion on captioned still pictures and writes it as the raw files of 1.5 are laid out.
 
-    python tools/tiny_sd.py                                          # tools/tiny-sd.safetensors, 15 MB
+    python tools/tiny_sd.py                      # runs/tiny_sd/tiny-sd.safetensors, 15 MB: tools/ has that of no flags
 
 The pictures are 32x32: the circles, squares and triangles of data.py in all their colours, and what no video has, a
 star and the colour pink. First the image autoencoder learns them (latents of 4x8x8), then the U-Net and CLIP's text
@@ -62,7 +62,7 @@ def stills(start, count, seed=0, motions=False):
 def train(name, args, modules, steps, rate, loss_of):
     """Trains modules for `steps` with Adam, whose rate rises and falls once, from the folder's checkpoint if there is
     one. loss_of(step) -> a number. Returns modules like them, with their averaged weights."""
-    path, averaged = f"{args.folder}/{name}.pt", copy.deepcopy(modules).requires_grad_(False)
+    path, averaged = f"{args.folder}/{name}-{steps}-{args.seed}.pt", copy.deepcopy(modules).requires_grad_(False)
     weights, averages = list(modules.parameters()), list(averaged.parameters())
     optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, cycle_momentum=False)
@@ -164,8 +164,7 @@ def raw_file(image, unet, text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--out", default=os.path.join(os.path.dirname(__file__), "tiny-sd.safetensors"), help="the file to write")
-    add("--folder", default="runs/tiny_sd", help="for checkpoints, and a picture of what the model draws")
+    add("--folder", default="runs/tiny_sd", help="for the file, a picture of what it draws, and checkpoints")
     add("--image-steps", type=int, default=2500, help="of the image autoencoder")
     add("--steps", type=int, default=2800, help="of the U-Net and the text encoder")
     add("--motion-steps", type=int, default=400, help="of the two with captions that also name a motion")
@@ -178,12 +177,12 @@ def main():
     modules = torch.nn.ModuleList([UNet(**UNET), TextEncoder(**TEXT)])
     modules = train_diffusion(args, image, "diffusion", modules, args.steps, 1e-3, False)
     unet, text = train_diffusion(args, image, "motions", modules, args.motion_steps, 5e-4, True)
-    made_by = " ".join(["python tools/tiny_sd.py", *sys.argv[1:]])
-    save_file(raw_file(image, unet, text), f"{args.out}.tmp", dict(made_by=made_by))
-    os.replace(f"{args.out}.tmp", args.out)
+    made_by, out = " ".join(["python tools/tiny_sd.py", *sys.argv[1:]]), f"{args.folder}/tiny-sd.safetensors"
+    save_file(raw_file(image, unet, text), f"{out}.tmp", dict(made_by=made_by))
+    os.replace(f"{out}.tmp", out)
     names = [data.caption_of(*pair) for pair in PAIRS]
     data.write_sheet(f"{args.folder}/pictures.png", draw(image, unet, text, names)[:, :, None], len(SHAPES), names)
-    print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.1f} MB, look at {args.folder}/pictures.png")
+    print(f"{out}: {os.path.getsize(out) / 1e6:.1f} MB, look at {args.folder}/pictures.png")
 
 
 if __name__ == "__main__":
