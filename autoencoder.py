@@ -227,7 +227,6 @@ PRESETS = {
     "webvid_sd21": dict(PAPER, size=[512, 1024], channels=4, loss="mse"),
 }
 
-
 # What --resume and --encode may change (of data, captions and split the path); what only --encode; only elsewhere.
 CHANGEABLE = set("run_dir resume encode data captions split steps batch_size accumulate workers dtype compile "
                  "checkpointing log_every save_every preview_every".split())
@@ -284,11 +283,14 @@ def read_flags():
     path, source = f"{run_dir}/autoencoder.pt", given.encode or run_dir
     if os.path.exists(path) and not (source == run_dir if encode else given.resume):
         raise SystemExit(f"{path} exists: --resume alone goes on with it, another --run-dir starts a new run")
+    if given.resume and not os.path.exists(path) and not (given.preset or given.data):
+        raise SystemExit(f"no {path} to go on with: a new run needs --preset or --data beside --resume")
     if encode or os.path.exists(path):
         saved = data.load_checkpoint(f"{source}/autoencoder.pt")
     parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
     args = parser.parse_args()  # again, with these as defaults; of channels and betas there are no flags
-    args.run_dir, args.resume, args.encode, args.size = run_dir, given.resume, given.encode, (args.size * 2)[:2]
+    args.run_dir, args.resume, args.encode = run_dir, given.resume, given.encode
+    args.size = args.size * (3 - len(args.size))  # one number: height and width
     free = CHANGEABLE | {*ENCODING * encode, *ELSEWHERE * (source != run_dir)}
     for name in saved["args"].keys() - free if saved else ():
         if getattr(args, name) != saved["args"][name]:
@@ -421,7 +423,7 @@ def evaluate(model, image, test_set, number, picture, device, stop):
         if len(strips) < 3 * 8:
             strips += [clip[0].cpu() for clip in (video, output, to_pixels(content[:, :, None], image))]
     model.train()
-    if not ours:
+    if stop or not ours:
         return {}
     captions = ["input", "reconstruction", "content frame"] * (len(strips) // 3)
     data.write_sheet(picture, strips, columns=3, captions=captions, frames=4)
@@ -435,8 +437,7 @@ def main():
     run_dir, path, encode = args.run_dir, f"{args.run_dir}/autoencoder.pt", args.encode is not None
 
     # Ranks and device. torchrun sets these variables; without it, this is rank 0 of 1
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, world = int(os.getenv("RANK", 0)), int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -541,7 +542,7 @@ def main():
             error = reconstruction_loss(output, video[part], args.loss, lpips, chosen[part]) / len(parts)
             error.backward()
             loss += error.detach()
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip if args.clip > 0 else math.inf)
         lr = args.lr
         if args.decay:  # a short rise, then a cosine fall to a hundredth
             fall = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
@@ -573,9 +574,7 @@ def main():
             bar.set_postfix_str(f"loss {average:.4f}, {speed:.1f} clips/s")
             if rank == 0:
                 with open(f"{run_dir}/autoencoder.csv.tmp", "w", newline="") as file:
-                    table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
-                    table.writeheader()
-                    table.writerows(rows)
+                    csv.writer(file).writerows([names := max(rows, key=len), *(map(row.get, names) for row in rows)])
                 os.replace(f"{run_dir}/autoencoder.csv.tmp", f"{run_dir}/autoencoder.csv")
             losses, since = [], time.perf_counter()
         if done == last or stopping or done % args.save_every == 0:
@@ -634,10 +633,9 @@ def named(**layers):
     return nn.Sequential(OrderedDict(layers))
 
 
-def image_level(inputs, outputs, blocks, groups):
+def image_level(inputs, outputs, count, groups):
     """The residual blocks of one resolution."""
-    return named(block=nn.Sequential(*(
-        ImageResBlock(outputs if i else inputs, outputs, groups) for i in range(blocks))))
+    return named(block=nn.Sequential(*(ImageResBlock(outputs if i else inputs, outputs, groups) for i in range(count))))
 
 
 def image_middle(width, groups):
@@ -699,9 +697,8 @@ def load_image_autoencoder(path):
     """The ImageAutoencoder (float32, frozen, on the CPU) of a full Stable Diffusion file or of its own."""
     if "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight" in (tensors := read_checkpoint(path)):
         raise SystemExit(f"{path} is Stable Diffusion XL's, whose latents are others: this takes 1.5 and 2.1-base")
-    tensors = find_part(tensors, "first_stage_model.", [
-        "encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "quant_conv.weight"],
-                        f"{path} holds no Stable Diffusion image autoencoder")
+    names = ["encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"]
+    tensors = find_part(tensors, "first_stage_model.", names, f"{path} holds no Stable Diffusion image autoencoder")
     tensors = {  # newer files store the attention's 1x1 convolutions as linear layers
         name: tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
         for name, tensor in tensors.items() if name.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
@@ -710,13 +707,11 @@ def load_image_autoencoder(path):
 
 def open_image_autoencoder(tensors, device, what="the run folder's image autoencoder"):
     """A frozen ImageAutoencoder with these tensors, whose shapes tell its sizes. In half precision on a GPU."""
-    channels, levels = len(tensors["encoder.conv_in.weight"]), {}
-    for name, tensor in tensors.items():
-        if name.startswith("encoder.down.") and name.endswith("conv1.weight"):
-            levels.setdefault(name.split(".")[2], []).append(len(tensor))  # the width of each block
-    multipliers = [widths[0] // channels for _, widths in sorted(levels.items())]
+    channels = len(tensors["encoder.conv_in.weight"])
+    blocks = [name for name in sorted(tensors) if name.startswith("encoder.down.") and name.endswith("conv1.weight")]
+    multipliers = [len(tensors[name]) // channels for name in blocks if ".block.0." in name]
     with torch.device("meta"):
-        model = ImageAutoencoder(channels, multipliers, blocks=len(levels["0"]))
+        model = ImageAutoencoder(channels, multipliers, len(blocks) // len(multipliers))
     load_weights(model, tensors, what)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     return model.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
@@ -760,8 +755,7 @@ class LPIPS(nn.Module):
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in (3, 8, 15, 22, 29):  # the last ReLU before each pooling, and the last of all
-                y = x.float()
-                yield y / (y.square().sum(1, keepdim=True) + 1e-20).sqrt()  # 1e-20: a finite gradient at 0
+                yield F.normalize(x.float(), eps=1e-10)
 
     def forward(self, images, others):
         return sum(lin((a - b).square()).mean((1, 2, 3))
@@ -786,8 +780,7 @@ def find_tensors(tree):
     for key in ("state_dict", "ema", "model", "module", "params"):
         if inner := find_tensors(tree.get(key)):
             return inner
-    return {name: tensor.detach() for name, tensor in tree.items()
-            if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
+    return {name: tensor.detach() for name, tensor in tree.items() if isinstance(name, str) and torch.is_tensor(tensor)}
 
 
 def read_checkpoint(path):

@@ -235,23 +235,21 @@ class DiT(nn.Module):
 PAPER = dict(  # table 7
     patch=2, predict="eps", lr=1e-4, batch_size=256, decay=False, ema=0.999, drop=0.1, save_every=2000,
     preview_every=2000, log_every=50, workers=8)
+# Unlike the paper: a small DiT that predicts the clean frame, which it learns faster; a higher learning rate, which
+# decays; a shorter EMA (the weights' moving average, which is what sampling uses). In every preset label embeddings
+# start at PyTorch's standard deviation of 1: DiT's 0.02, which --dit keeps to, takes long to grow.
+SHAPES = dict(
+    model="mini", patch=4, predict="x", schedule="linear", lr=3e-3, batch_size=16, steps=2200, decay=True, ema=0.995,
+    drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0)
 TINY_SD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "tiny-sd.safetensors")
 PRESETS = {
-    # Unlike the paper: a small DiT that predicts the clean frame, which it learns faster; a higher learning rate, which
-    # decays; a shorter EMA (the weights' moving average, which is what sampling uses). In every preset label embeddings
-    # start at PyTorch's standard deviation of 1: DiT's 0.02, which --dit keeps to, takes long to grow.
-    "shapes": dict(
-        model="mini", patch=4, predict="x", schedule="linear", lr=3e-3, batch_size=16, steps=2200, decay=True,
-        ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0),
-    "shapes_text": dict(
-        model="sd", sd=TINY_SD, predict="eps", schedule="scaled_linear", lr=5e-4, batch_size=16,
-        steps=1500, decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=500, log_every=50, workers=0),
+    "shapes": SHAPES,
+    "shapes_text": dict(SHAPES, model="sd", sd=TINY_SD, predict="eps", schedule="scaled_linear", lr=5e-4, steps=1500),
     # 3,000 epochs of 9,537 videos, and 3 epochs of 10.7 M.
     "ucf101": dict(PAPER, model="XL", schedule="linear", steps=111_762),
     "webvid_sd15": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391),
     "webvid_sd21": dict(PAPER, model="sd", schedule="scaled_linear", steps=125_391, accumulate=2),  # for 80 GB a GPU
 }
-
 
 # What --resume may change
 CHANGEABLE = set("run_dir resume steps batch_size accumulate workers dtype compile checkpointing log_every save_every "
@@ -291,12 +289,9 @@ def read_flags():
     given = parser.parse_args()
     run_dir = given.run_dir or f"runs/{given.preset or 'shapes'}"
     path, stage1 = f"{run_dir}/content.pt", data.load_checkpoint(f"{run_dir}/autoencoder.pt")
-    if os.path.exists(path) and not given.resume:
-        raise SystemExit(f"{path} exists: --resume goes on with it, another --run-dir starts a new run")
     saved = data.load_checkpoint(path) if os.path.exists(path) else None
-    if saved and "optimizer" not in saved:
-        print(f"{path} comes without its optimizer: training starts from nothing")
-        saved = None
+    if saved and not (given.resume and "optimizer" in saved):  # models that come with the code have none
+        raise SystemExit(f"{path} exists: --resume goes on, if it has an optimizer; another --run-dir starts a new run")
     preset = given.preset or stage1["args"]["preset"]
     parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
     args = parser.parse_args()
@@ -306,9 +301,11 @@ def read_flags():
             raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
     if saved and saved["identity"] != stage1["identity"]:
-        raise SystemExit(f"{path} is of other encodings: autoencoder.py --encode {run_dir} --run-dir NEW, train in NEW")
-    if args.sd == TINY_SD and "tiny-sd" not in str(stage1["args"]["sd"]):
+        raise SystemExit(f"{path} fits other encodings: autoencoder.py --encode {run_dir} --run-dir NEW, train in NEW")
+    if args.sd == TINY_SD and not str(stage1["args"]["sd"]).endswith("tools/tiny-sd.safetensors"):
         raise SystemExit(f"{run_dir} is of {stage1['args']['sd'] or 'pixels'}: give the same --sd, and stage 3 --text")
+    if not 0 <= min(args.drop, args.ema) <= max(args.drop, args.ema) <= 1:
+        parser.error("--drop and --ema: from 0 to 1")
     return args, stage1, saved
 
 
@@ -329,7 +326,7 @@ def new_model(args, shape, classes):
     """(config, DiT, None) or (None, UNet, TextEncoder) to train, by the flags and the encodings."""
     C, *size = shape
     if (args.model == "sd") != bool(args.sd) or (args.dit if args.sd else args.preset.startswith("webvid")):
-        raise SystemExit("webvid and --model sd need --sd, a raw Stable Diffusion 1.5 or 2.1-base file; --dit others")
+        raise SystemExit("webvid and --model sd need --sd, a Stable Diffusion 1.5 or 2.1-base file; --dit is for DiTs")
     if args.sd:
         return None, *load_stable_diffusion(args.sd, args.predict)
     config = dict(channels=C, size=size, patch=args.patch, classes=max(1, len(classes)), **DIT_SIZES[args.model])
@@ -363,8 +360,7 @@ def main():
     dataset, classes = data.EncodedClips(run_dir, stage1), stage1["classes"]  # content frames, labels, captions
 
     # Ranks and device, as in stage 1
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, world = int(os.getenv("RANK", 0)), int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -463,7 +459,7 @@ def main():
                 error = diffusion.loss(lambda x, t: predict(x, t, condition[part]), content[part], t[part], eps[part])
             (error / len(parts)).backward()
             loss += error.detach() / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip if args.clip > 0 else math.inf)
         lr = args.lr
         if args.decay:  # a short rise, then a cosine fall to a hundredth
             fall = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
@@ -497,9 +493,7 @@ def main():
             bar.set_postfix_str(f"loss {average:.4f}, {speed:.1f} clips/s")
             if rank == 0:
                 with open(f"{run_dir}/content.csv.tmp", "w", newline="") as file:
-                    table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
-                    table.writeheader()
-                    table.writerows(rows)
+                    csv.writer(file).writerows([names := max(rows, key=len), *(map(row.get, names) for row in rows)])
                 os.replace(f"{run_dir}/content.csv.tmp", f"{run_dir}/content.csv")
             losses, since = [], time.perf_counter()
         if done == last or stopping or done % args.save_every == 0:
@@ -663,8 +657,7 @@ START, END = 49406, 49407  # CLIP's tokens around every caption
 
 @functools.cache
 def tokenizer():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # clip imports pkg_resources, which is deprecated
+    with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, which is deprecated
         from clip.simple_tokenizer import SimpleTokenizer
     return SimpleTokenizer()
 
@@ -827,7 +820,7 @@ def load_dit(path, dit):
         unused += f", its first and last layer ({channels} channels, patch {patch})"
     load_weights(dit, tensors, f"{path}: the DiT")
     dit.y_embedder.embedding_table.weight.data[-1] = nothing  # the last row stands for no class
-    print(f"{path}: not used are {unused}")
+    print(f"{path}: not used: {unused}")
 
 
 if __name__ == "__main__":

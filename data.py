@@ -92,9 +92,8 @@ class MovingShapes(torch.utils.data.Dataset):
         names = [name for name in COLOURS if not self.captioned or f"{name} {shape}" not in HELD_OUT]
         name = names[rng.integers(len(names))]
         video = draw_clip(rng, shape, COLOURS[name], move, self.frames, self.size)
-        silent = self.captioned and self.endless and rng.random() < 1 / 3
-        return dict(video=video, label=0 if self.captioned else label,
-                    caption=caption_of(name, shape, None if silent else move))
+        said = None if self.captioned and self.endless and rng.random() < 1 / 3 else move
+        return dict(video=video, label=0 if self.captioned else label, caption=caption_of(name, shape, said))
 
 
 def draw_clip(rng, shape, colour, move, frames, size):
@@ -308,12 +307,11 @@ class Videos(torch.utils.data.Dataset):
 def read_text(path):
     """A text file in UTF-8."""
     try:
-        content = open(path, "rb").read()
-        return content.decode("utf-8-sig")
+        return open(path, "rb").read().decode("utf-8-sig")
     except OSError as error:
         raise SystemExit(str(error)) from None
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise SystemExit(f"{path}, line {line}, is not in UTF-8: save the file in that encoding") from None
 
 

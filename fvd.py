@@ -18,6 +18,7 @@ fewer (UCF-101: 9,537 of 10,000), some give several clips. --stride is of REAL: 
 """
 
 import argparse
+import contextlib
 import glob
 import math
 import os
@@ -309,6 +310,10 @@ def fvd(args):
         for name, value in asked.items() if one in saved else ():
             if value not in (None, one.about.get(name)):
                 raise SystemExit(f"{one.folder} has {name} {one.about.get(name)}, not {value}: use its --save's flags")
+    with contextlib.suppress(data.BadVideo):  # raised where FAKE's clips have no more frames: as it should be
+        if args.real == "shapes" and fake not in saved and len(
+                data.read_clip(next(iter(fake.paths.values())), args.frames + 1)):
+            raise SystemExit(f"{args.fake} has longer clips: give their --frames, in which a shape goes its whole way")
     for label, one in (("REAL", real), ("FAKE", fake)):
         if one not in saved:
             one.size = size
@@ -348,7 +353,8 @@ def clipsim(args):
 
     prompts, scores = zip(*for_each_video(videos, score, args, "CLIPSIM"))
     return (f"CLIPSIM {np.mean(scores):.4f} | {len(scores)} videos, {len(set(prompts))} prompts | first {args.frames} "
-            f"frames, CLIP {os.path.basename(args.clip)} | mean of the cosine similarity over frames, then videos")
+            f"frames, stride {args.stride}, CLIP {os.path.basename(args.clip)} | mean of the cosine similarity over "
+            f"frames, then videos")
 
 
 def main():

@@ -127,20 +127,17 @@ PAPER = dict(  # table 6
     patch=2, predict="eps", schedule="linear", lr=1e-4, batch_size=256, decay=False, ema=0.999, drop=0.1,
     save_every=2000, preview_every=2000, log_every=50, workers=8)
 TINY_SD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools", "tiny-sd.safetensors")
+SHAPES = dict(  # what differs from the paper is what differs in stage 2, for the same reasons
+    model="mini", patch=2, content_patch=8, predict="x", schedule="linear", lr=2e-3, batch_size=16, steps=2000,
+    decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0)
 PRESETS = {
-    # What differs from the paper is what differs in stage 2, for the same reasons.
-    "shapes": dict(
-        model="mini", patch=2, content_patch=8, predict="x", schedule="linear", lr=2e-3, batch_size=16, steps=2000,
-        decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0),
-    "shapes_text": dict(
-        text=TINY_SD, model="mini", patch=2, content_patch=2, predict="x", schedule="linear", lr=2e-3, batch_size=16,
-        steps=2000, decay=True, ema=0.995, drop=0.1, save_every=500, preview_every=1000, log_every=50, workers=0),
+    "shapes": SHAPES,
+    "shapes_text": dict(SHAPES, text=TINY_SD, content_patch=2),
     # 3,000 epochs of 9,537 videos, and 3 epochs of 10.7 M.
     "ucf101": dict(PAPER, model="L", content_patch=4, steps=111_762),
     "webvid_sd15": dict(PAPER, model="XL", content_patch=4, steps=125_391),
     "webvid_sd21": dict(PAPER, model="XL", content_patch=8, steps=125_391),
 }
-
 
 # What --resume may change
 CHANGEABLE = set("run_dir resume steps batch_size accumulate workers dtype compile checkpointing log_every save_every "
@@ -180,12 +177,9 @@ def read_flags():
     given = parser.parse_args()
     run_dir = given.run_dir or f"runs/{given.preset or 'shapes'}"
     path, stage1 = f"{run_dir}/motion.pt", data.load_checkpoint(f"{run_dir}/autoencoder.pt")
-    if os.path.exists(path) and not given.resume:
-        raise SystemExit(f"{path} exists: --resume goes on with it, another --run-dir starts a new run")
     saved = data.load_checkpoint(path) if os.path.exists(path) else None
-    if saved and "optimizer" not in saved:
-        print(f"{path} comes without its optimizer: training starts from nothing")
-        saved = None
+    if saved and not (given.resume and "optimizer" in saved):  # models that come with the code have none
+        raise SystemExit(f"{path} exists: --resume goes on, if it has an optimizer; another --run-dir starts a new run")
     preset = given.preset or stage1["args"]["preset"]
     parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
     args = parser.parse_args()
@@ -195,9 +189,12 @@ def read_flags():
             raise SystemExit(f"{path} was trained with --{name.replace('_', '-')} {saved['args'][name]}, not "
                              f"{getattr(args, name)}: drop that flag, or choose another --run-dir")
     if saved and saved["identity"] != stage1["identity"]:
-        raise SystemExit(f"{path} is of other encodings: autoencoder.py --encode {run_dir} --run-dir NEW, train in NEW")
-    if not args.text and "webvid" in args.preset or args.text == TINY_SD and "tiny-sd" not in str(stage1["args"]["sd"]):
+        raise SystemExit(f"{path} fits other encodings: autoencoder.py --encode {run_dir} --run-dir NEW, train in NEW")
+    other = args.text == TINY_SD and not str(stage1["args"]["sd"]).endswith("tools/tiny-sd.safetensors")
+    if other or not args.text and "webvid" in args.preset:
         raise SystemExit(f"--preset {args.preset} needs --text: a raw file with the captions' text encoder")
+    if not 0 <= min(args.drop, args.ema) <= max(args.drop, args.ema) <= 1:
+        parser.error("--drop and --ema: from 0 to 1")
     return args, stage1, saved
 
 
@@ -247,8 +244,7 @@ def main():
     dataset, classes = data.EncodedClips(run_dir, stage1), stage1["classes"]
 
     # Ranks and device, as in stage 1
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, world = int(os.getenv("RANK", 0)), int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -351,7 +347,7 @@ def main():
                                        motion[part], t[part], eps[part])
             (error / len(parts)).backward()
             loss += error.detach() / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(weights, args.clip if args.clip > 0 else math.inf)
         lr = args.lr
         if args.decay:  # a short rise, then a cosine fall to a hundredth
             fall = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
@@ -385,9 +381,7 @@ def main():
             bar.set_postfix_str(f"loss {average:.4f}, {speed:.1f} clips/s")
             if rank == 0:
                 with open(f"{run_dir}/motion.csv.tmp", "w", newline="") as file:
-                    table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
-                    table.writeheader()
-                    table.writerows(rows)
+                    csv.writer(file).writerows([names := max(rows, key=len), *(map(row.get, names) for row in rows)])
                 os.replace(f"{run_dir}/motion.csv.tmp", f"{run_dir}/motion.csv")
             losses, since = [], time.perf_counter()
         if done == last or stopping or done % args.save_every == 0:

@@ -38,8 +38,11 @@ class Sampler:
         self.autoencoder, self.image, self.state = load_autoencoder(args.run_dir, device)
         preset = self.state["args"]["preset"]
         if args.guidance is None:
-            args.guidance = GUIDANCE[preset]
+            alike = self.image is None and len(self.state["classes"]) < 2  # nothing that guidance could bring out
+            args.guidance = 1.0 if alike else GUIDANCE[preset]
         self.content = self.motion = None
+        if (step := self.state["step"]) < (steps := self.state["args"]["steps"]):
+            print(f"{args.run_dir}/autoencoder.pt is unfinished: step {step} of {steps}")
         if not args.reconstruct:
             self.motion, state = self.load(load_motion, "motion.pt", args.motion_guidance)
             self.mean, self.std = (state[name].to(device) for name in ("motion_mean", "motion_std"))  # as in training
@@ -138,7 +141,8 @@ def read_flags():
     # How to draw it
     add("--steps", type=int, default=50, help="sampling steps of the content frame, at most 1000")
     add("--motion-steps", type=int, default=100, help="sampling steps of the motion, at most 1000")
-    add("--guidance", type=float, help=f"guidance scale of the content frame (default, by preset: {GUIDANCE})")
+    add("--guidance", type=float, help=f"guidance scale of the content frame (default, by preset: {GUIDANCE}; "
+        "without text and with less than two classes: 1)")
     add("--motion-guidance", type=float, default=1.0, help="guidance scale of the motion; 1: none")
     add("--eta", type=float, default=0.0, help="DDIM's noise, from 0 (none) to 1 (DDPM)")
     add("--seed", type=int, default=0, help="a seed gives the same clips whatever the batch size")
@@ -188,8 +192,9 @@ def read_wishes(args, with_text, classes):
     return wishes, [names[label] for label in wishes]
 
 
-def open_real(args, trained, classes, with_text):
+def open_real(args, state, with_text):
     """(data set, indices of the clips to take, frames per second, class numbers of the run by the data set's)."""
+    trained, classes = state["args"], state["classes"]
     split, listed = (getattr(args, name) or (None if args.data else trained[name]) for name in ("split", "captions"))
     everything = bool(args.data or args.split)
     train, indices, tests, test = data.open_dataset(
@@ -197,6 +202,10 @@ def open_real(args, trained, classes, with_text):
         everything=everything)
     if everything and indices is not None:
         tests, test = train, np.random.default_rng(args.seed).permutation(len(train)).tolist()
+    elif indices is not None and train.identity != state["videos"]:
+        print(f"these are not all videos that {args.run_dir} was trained on: some test clips may be of its training")
+    if args.predict_motion and with_text and "" in getattr(tests, "captions", ()):
+        raise SystemExit(f"{args.run_dir} draws motion from text, but not every video has a caption")
     names, own = tests.classes or ["video"], classes or ["video"]
     if args.predict_motion and not with_text and set(names) - set(own):
         raise SystemExit(f"{args.run_dir} does not know the classes {', '.join(sorted(set(names) - set(own))[:12])}")
@@ -209,8 +218,7 @@ def open_real(args, trained, classes, with_text):
 @torch.inference_mode()
 def main():
     args = read_flags()
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local, world = int(os.getenv("RANK", 0)), int(os.getenv("LOCAL_RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -225,7 +233,7 @@ def main():
     if sampler.content and with_text != bool(sampler.content.text):
         raise SystemExit(f"of {args.run_dir}/content.pt and motion.pt one takes prompts, the other classes")
     if args.reconstruct or args.predict_motion:
-        real, wishes, speed, numbers = open_real(args, trained, sampler.state["classes"], with_text)
+        real, wishes, speed, numbers = open_real(args, sampler.state, with_text)
         captions, fps = {}, speed if args.data else fps
     else:
         wishes, names = read_wishes(args, with_text, sampler.state["classes"])
@@ -246,12 +254,12 @@ def main():
         if os.listdir(shared[0]):
             raise SystemExit(f"--out {shared[0]} is not an empty folder: choose another")
         open(f"{shared[0]}/captions.txt", "w").close()  # where nothing can be written, end now
+        for part in ("real", "fake") if real else ():
+            os.mkdir(f"{shared[0]}/{part}")
         print(f"{len(wishes)} clips from {args.run_dir} into {shared[0]}; {device}{', compiled' * sampler.compiled}")
     if world > 1:  # the other ranks go on when the folder is there
         dist.broadcast_object_list(shared)
     folder, fake = shared[0], f"{shared[0]}/fake" if real else shared[0]
-    for path in (f"{folder}/real", fake) if real else ():
-        os.makedirs(path, exist_ok=True)
     shown, drawn, jobs, ending, args.fps = [], {}, [], "mkv" if args.lossless else "mp4", args.fps or fps
     most = max(1, min(24, 2**21 // (trained["size"][0] * trained["size"][1])))  # clips in the overview, by their size
     batches = [range(len(wishes))[n : n + args.batch_size] for n in range(0, len(wishes), args.batch_size)][rank::world]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from bench import macs
 
-from autoencoder import Autoencoder, psnr
+from autoencoder import Autoencoder, evaluate, psnr
+from data import MovingShapes
 
 
 def small(**options):
@@ -18,17 +19,6 @@ def small(**options):
 
 def clip(model, batch=2):
     return torch.rand(batch, model.channels, model.frames, *model.size) * 2 - 1
-
-
-@pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("frames, size, patch", [(1, 8, 2), (7, (12, 20), 4), (16, (6, 10), 1), (3, (48, 80), 4)])
-def test_any_size_can_be_encoded_and_decoded(frames, size, patch, smooth):
-    model = small(frames=frames, size=size, patch=patch, smooth=smooth)
-    video = clip(model)
-    content, motion = model.encode(video)
-    assert content.shape == video[:, :, 0].shape
-    assert motion.shape == (2, 3, frames, model.size[0] // patch + model.size[1] // patch)
-    assert model.decode(content, motion).shape == video.shape
 
 
 @pytest.mark.parametrize("content", ["weights", "mean", "frame"])
@@ -53,6 +43,13 @@ def test_psnr_is_the_mean_of_each_clip_s():
     a = torch.zeros(2, 3, 4, 5, 6)
     b = torch.stack([a[0] + 0.1, a[0] - 0.4])
     assert psnr(a, b) == pytest.approx((20 * math.log10(2 / 0.1) + 20 * math.log10(2 / 0.4)) / 2, rel=1e-4)
+
+
+def test_an_evaluation_that_a_signal_ends_early_has_no_score(monkeypatch, tmp_path):
+    rest = MovingShapes(5, (8, 12), split="test"), 2, tmp_path / "a.png", torch.device("cpu"), (stop := torch.zeros(1))
+    assert len(evaluate(small(squash=True), None, *rest)) == 2
+    monkeypatch.setattr("autoencoder.psnr", lambda *_: stop.fill_(1).item())  # while the first clip is evaluated
+    assert evaluate(small(squash=True), None, *rest) == {}
 
 
 def test_parameters_and_cost_are_the_papers():

@@ -355,7 +355,7 @@ def test_pictures_of_any_kind_are_read_as_they_look(script, tiny, tmp_path):
 
 
 def test_mistakes_cost_one_line(refused, folders, tiny, tmp_path):
-    names = dict(real=folders[0], fake=folders[1], tmp=tmp_path, tiny=tiny)
+    names = dict(real=folders[0], fake=folders[1], files=folders[2], tmp=tmp_path, tiny=tiny)
     for command, *words in (
         ("{real} {fake}", "--i3d"), ("{real} --i3d {tiny}", "FAKE"), ("{real} {fake} --i3d none.pt", "--i3d none.pt"),
         ("nowhere {fake} --i3d {tiny}", "nowhere", "not there"), ("nowhere {fake} --i3d {tiny} --split x", "x"),
@@ -364,7 +364,8 @@ def test_mistakes_cost_one_line(refused, folders, tiny, tmp_path):
         ("{real} {fake} --i3d {tiny} --frames 50", "{real}", "50"), ("{real} {fake} --i3d random --frames 8", "9"),
         ("{real} {fake} --i3d {tiny} --save {tmp}/no/x", "--save"), ("{real} {fake} --i3d {tiny} --fram 9", "--fram"),
         ("shapes {fake} --i3d {tiny} --split {tmp}/x", "{tmp}/x"), ("{fake} --clipsim --clip x.pt", "--clip x.pt"),
-        ("{fake} --clipsim --split x", "--split"), ("{real} none.npz --i3d {tiny}", "none.npz")):
+        ("{fake} --clipsim --split x", "--split"), ("{real} none.npz --i3d {tiny}", "none.npz"),
+        ("shapes {files}/fake --i3d {tiny} --frames 12", "longer")):
         refused(f"fvd.py {command}".format(**names), *(word.format(**names) for word in words))
 
 
@@ -393,6 +394,6 @@ def test_clipsim_is_the_mean_cosine_similarity_over_frames_and_videos(script, re
     (tmp_path / "fake/captions.txt").write_text("\n".join(prompts) + "\n")  # as sample.py leaves them
     (tmp_path / "two.txt").write_text("one\ntwo\n")
     flags = [tmp_path / "fake", "--clipsim", "--clip", path, "--frames", 4]
-    got = re.match(r"CLIPSIM (-?[\d.]+) \| 11 videos, 10 prompts", line(script, *flags))
+    got = re.match(r"CLIPSIM (-?[\d.]+) \| 11 videos, 10 prompts \| first 4 frames, stride 1,", line(script, *flags))
     assert float(got[1]) == pytest.approx(np.mean(scores), abs=6e-5)
     refused(f"fvd.py {' '.join(map(str, flags))} --prompts {tmp_path}/two.txt", "two.txt", "2 prompts")

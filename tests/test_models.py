@@ -65,19 +65,19 @@ def timesformer(s, name, x):  # (L, H, W, width)
     return norm(s, f"{name}.norm", x)
 
 
-@pytest.mark.parametrize("size, content, smooth, squash", [
-    ((8, 12), "weights", False, True), ((8, 8), "weights", True, False), ((12, 8), "mean", False, True),
-    ((8, 8), "frame", False, False)])
-def test_the_autoencoder_is_equations_3_to_6(size, content, smooth, squash):
-    model, s = randomised(Autoencoder(3, 5, size, 2, 16, 3, 2, 2, content, smooth, squash))
-    (H, W), videos = (size[0] // 2, size[1] // 2), torch.rand(2, 3, 5, *size) * 2 - 1
+@pytest.mark.parametrize("L, size, p, content, smooth, squash", [
+    (5, (8, 12), 2, "weights", False, True), (16, (16, 8), 4, "weights", True, False),
+    (1, (3, 2), 1, "mean", False, True), (2, (8, 8), 2, "frame", False, False)])
+def test_the_autoencoder_is_equations_3_to_6(L, size, p, content, smooth, squash):
+    model, s = randomised(Autoencoder(3, L, size, p, 16, 3, 2, 2, content, smooth, squash))
+    (H, W), videos = (size[0] // p, size[1] // p), torch.rand(2, 3, L, *size) * 2 - 1
 
     def join(tokens):  # (L, H/p, W/p, C p p) -> (C, L, H, W)
-        return tokens.view(5, H, W, 3, 2, 2).permute(3, 0, 1, 4, 2, 5).reshape(3, 5, *size)
+        return tokens.view(L, H, W, 3, p, p).permute(3, 0, 1, 4, 2, 5).reshape(3, L, *size)
     contents, motions = model.encode(videos)
     for video, frame, motion, output in zip(videos, contents, motions, model.decode(contents, motions)):
-        u = timesformer(s, "encoder", linear(s, "embed", torch.stack([patches(video[:, i], 2) for i in range(5)])))
-        weights = dict(mean=torch.ones(5), frame=torch.eye(5)[0]).get(content, torch.zeros(5)).view(5, 1, 1)
+        u = timesformer(s, "encoder", linear(s, "embed", torch.stack([patches(video[:, i], p) for i in range(L)])))
+        weights = dict(mean=torch.ones(L), frame=torch.eye(L)[0]).get(content, torch.zeros(L)).view(L, 1, 1)
         if content == "weights":
             logits = linear(s, "to_logits", u)
             large = F.interpolate(logits.permute(0, 3, 1, 2), size, mode="bilinear").transpose(0, 1) if smooth else None
@@ -85,7 +85,7 @@ def test_the_autoencoder_is_equations_3_to_6(size, content, smooth, squash):
         close(frame, (video * weights).sum(1) / weights.expand_as(video).sum(1))
         z_x, z_y = linear(s, "to_rows", u.mean(2)).tanh(), linear(s, "to_columns", u.mean(1)).tanh()
         close(motion, torch.cat([z_x, z_y], 1).permute(2, 0, 1))
-        v = (linear(s, "embed_content", patches(frame, 2))[None] + linear(s, "embed_rows", z_x)[:, :, None]
+        v = (linear(s, "embed_content", patches(frame, p))[None] + linear(s, "embed_rows", z_x)[:, :, None]
              + linear(s, "embed_columns", z_y)[:, None])
         frames = join(linear(s, "to_frames", timesformer(s, "decoder", v)))
         close(output, 2 / (1 + (-frames).exp()) - 1 if squash else frames)
@@ -125,14 +125,14 @@ def test_dit_is_dit():
 
 @pytest.mark.parametrize("text", [None, 7])
 def test_the_motion_model_is_dit_on_motion_then_content_tokens(text):
-    model, s = randomised(MotionDiT(3, 5, 10, 3, (8, 12), 2, 4, 32, 2, 2, 5, text))
+    model, s = randomised(MotionDiT(3, 5, 9, 3, (8, 12), 2, 4, 32, 2, 2, 5, text))
     names = "t_embedder.0 t_embedder.2 modulation.1 qkv proj mlp.0 mlp.2 modulation.1 out"
-    motion, content, t = torch.randn(2, 3, 5, 10), torch.randn(2, 3, 8, 12), torch.tensor([700, 3])
+    motion, content, t = torch.randn(2, 3, 5, 9), torch.randn(2, 3, 8, 12), torch.tensor([700, 3])
     condition = torch.randn(2, 7) if text else torch.tensor([4, 5])
     for i, ours in enumerate(model(motion, t, content, condition)):
-        z = F.pad(motion[i], (0, 0, 0, 1))  # six frames: whole patches
+        z = F.pad(motion[i], (0, 1, 0, 1))  # to whole patches
         tokens = torch.cat([
             linear(s, "motion_embedder", patches(z, 2).flatten(0, 1)) + position(3, 5, 32),
             linear(s, "content_embedder", patches(content[i], 4).flatten(0, 1)) + position(2, 3, 32)])
         c = linear(s, "c_embedder", condition[i]) if text else s["c_embedder.weight"][condition[i]]
-        close(ours, dit(s, names, tokens, t[i], c, (3, 5))[:, :5])
+        close(ours, dit(s, names, tokens, t[i], c, (3, 5))[:, :5, :9])

@@ -174,8 +174,12 @@ def test_real_clips_are_of_all_that_is_named_and_of_the_run_s_own_classes(run, f
     command = f"sample.py --predict-motion --data {tmp_path}/some --run-dir {filmed.folder}"
     assert "4 clips, not 200" in run(f"{command} --num 200 {FEW} --out {tmp_path}/out").stdout
     assert clips_in(tmp_path / "out" / "real", frames=9).shape[0] == 4
-    state = load(filmed.folder, "autoencoder")
-    assert sample.open_real(flags_of(*command.split()), state["args"], state["classes"], False)[3] == {0: 1}
+    state, folder = load(filmed.folder, "autoencoder"), copy(filmed.folder, tmp_path / "run", "content.pt", "motion.pt")
+    assert sample.open_real(flags_of(*command.split()), state, False)[3] == {0: 1}
+    torch.save(state | dict(args=state["args"] | dict(data=f"{tmp_path}/some"), step=3), folder / "autoencoder.pt")
+    for where, told in (folder, True), (filmed.folder, False):
+        said = run(f"sample.py --reconstruct --run-dir {where} --out {where}/out").stdout
+        assert ("step 3 of 4" in said) == ("not all videos" in said) == told, said
 
 
 def test_the_logged_test_loss_is_that_of_the_averaged_weights_on_the_test_clips(filmed):
@@ -202,7 +206,7 @@ def captioned(run, tmp_path_factory):
     """The chain on a CSV beside its videos, one of which has vanished, and a Stable Diffusion file, which is gone when
     training goes on."""
     root, clips, rows = tmp_path_factory.mktemp("captioned"), MovingShapes(10, (18, 40), seed=3), ["path,caption"]
-    folder, sd = root / "run", shutil.copy(SD, root / "sd.safetensors")
+    folder, sd = root / "run", shutil.copy(SD, root / "tiny-sd.safetensors")
     for i in range(8):
         rows.append(f"{i}.mp4,{clips[i]['caption']}")
         write_video(str(root / f"{i}.mp4"), clips[i]["video"], 10)
@@ -278,6 +282,11 @@ def test_a_model_that_does_not_know_no_class_is_drawn_without_guidance(run, refu
         refused(f"sample.py --motion-guidance 2 --run-dir {folder}", "motion.pt", "--drop 0")
     refused(f"sample.py --run-dir {folder}", "content.pt", "--drop 0")
     run(f"sample.py {FEW} -n 1 --guidance 1 --run-dir {folder} --out {tmp_path}/out")
+    state, flags = load(folder, "autoencoder"), flags_of("sample.py", "--run-dir", folder, "--reconstruct")
+    for classes, scale in (["a"], 1.0), ([], 1.0), (["a", "b"], 2.0):  # nor by default where all clips are of one class
+        torch.save(state | dict(classes=classes), folder / "autoencoder.pt")
+        args = argparse.Namespace(**vars(flags))
+        assert sample.Sampler(args, torch.device("cpu"), torch.float32).args.guidance == scale
 
 
 def test_motion_is_scaled_by_the_mean_and_deviation_that_its_model_learned(shapes, tmp_path):
@@ -305,8 +314,7 @@ def test_the_models_that_come_with_the_code_encode_into_a_folder_of_ones_own(run
     weights = [load(folder, "autoencoder")["model"] for folder in (shipped, mine)]
     assert all(torch.equal(weights[0][name].float(), weights[1][name]) for name in weights[0] if "motion_" not in name)
     shutil.copy(shipped / "motion.pt", mine)
-    assert "optimizer" in run(f"motion_diffusion.py --resume --steps 1 --run-dir {mine}").stdout
-    assert load(mine, "motion")["step"] == 1
+    refused(f"motion_diffusion.py --resume --steps 1 --run-dir {mine}", "optimizer")
     for flags in ("--encode", "--resume --steps 9000"):
         refused(f"autoencoder.py {flags} --run-dir {shipped}", shipped, "--encode")
     for more in ("", "--resume"):  # would take the place of a trained autoencoder
@@ -332,6 +340,12 @@ autoencoder.py --run-dir {shapes} | {shapes}/autoencoder.pt exists | --resume
 content_diffusion.py --run-dir {shapes} | {shapes}/content.pt exists | --resume
 motion_diffusion.py --run-dir {shapes} | {shapes}/motion.pt exists | --resume
 autoencoder.py --encode --run-dir {new} | no {new}/autoencoder.pt
+autoencoder.py --resume --run-dir {new} | no {new}/autoencoder.pt
+content_diffusion.py --run-dir {begun} --drop 10 | --drop
+motion_diffusion.py --run-dir {begun} --ema 9 | --ema
+content_diffusion.py --run-dir {latents} --preset shapes_text | tiny-sd.safetensors | --sd
+motion_diffusion.py --run-dir {latents} --preset shapes_text | --text
+sample.py --run-dir {text} --predict-motion --data {videos}/b | caption
 autoencoder.py --encode --run-dir {shapes} --width 32 | --width 16 | 32
 autoencoder.py --encode --run-dir {begun} --steps 9 | step 4 of 9
 autoencoder.py --encode --run-dir {begun} --seed 1 | --seed 0
@@ -340,7 +354,6 @@ content_diffusion.py --run-dir {begun} --patch 5 | 16x16 | 5x5
 content_diffusion.py --run-dir {begun} --model sd | --sd
 motion_diffusion.py --run-dir {begun} --content-patch 5 | --content-patch
 motion_diffusion.py --run-dir {begun} --preset webvid_sd15 | --text
-motion_diffusion.py --run-dir {begun} --preset shapes_text --steps 1 | --text
 sample.py --run-dir {new} | no {new}/autoencoder.pt
 sample.py --run-dir {shapes} --label hexagon | --label hexagon | circle moving left
 sample.py --run-dir {shapes} --prompt hello | {shapes} | --label
@@ -349,7 +362,6 @@ sample.py --run-dir {shapes} --out {shapes} | --out {shapes}
 sample.py --run-dir {shapes} --image {shapes}/motion.csv | --image {shapes}/motion.csv
 sample.py --run-dir {shapes} --reconstruct --predict-motion | --reconstruct | --predict-motion
 sample.py --run-dir {shapes} --predict-motion --data {videos} | classes 1, b
-content_diffusion.py --run-dir {begun} --preset shapes_text | pixels | --sd
 content_diffusion.py --run-dir {begun} --preset webvid_sd15 --model mini --steps 1 --workers 0 | webvid | --sd
 sample.py --run-dir {shapes} --predict-motion --guidance 2 | --guidance
 sample.py --run-dir {text} --prompt x --guidance 1 --negative-prompt y | --negative-prompt
@@ -359,7 +371,8 @@ sample.py --run-dir {text} --prompt x --guidance 1 --negative-prompt y | --negat
 def test_a_mistake_costs_one_line_and_leaves_nothing_behind(refused, shapes, videos, captioned, tmp_path):
     places = dict(shapes=shapes, videos=videos, text=captioned / "run", csv=captioned / "list.csv", sd=SD,
                   new=tmp_path / "new", bare=copy(shapes, tmp_path / "bare", "autoencoder.pt"),
-                  begun=copy(shapes, tmp_path / "begun", "autoencoder.pt", "encodings"))
+                  begun=copy(shapes, tmp_path / "begun", "autoencoder.pt", "encodings"),
+                  latents=copy(captioned / "run", tmp_path / "latents", "autoencoder.pt", "encodings"))
     for line in MISTAKES:
         refused(*line.format(**places).split(" | "))
 

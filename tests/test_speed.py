@@ -1,13 +1,13 @@
 """Proves that what saves time and memory changes no result: --compile, also where the compiler fails, --checkpointing,
 bfloat16, and attention that never holds its whole matrix."""
 
-import csv
 import glob
 import shutil
 import signal
 
 import pytest
 import torch
+from conftest import rows_of
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -107,8 +107,7 @@ def outcomes(tmp_path_factory):
         if stage == "sample":
             return torch.stack([torch.from_numpy(data.read_clip(path, 4)) / 255 for path in sorted(
                 glob.glob(f"{run}/out/*.mkv"))])
-        with open(run / f"{stage}.csv") as file:
-            return torch.tensor([[float(row["loss"]), float(row["grad_norm"])] for row in csv.DictReader(file)])
+        return torch.tensor([[float(row["loss"]), float(row["grad_norm"])] for row in rows_of(run, stage)])
 
     plain = {stage: outcome(stage, whole, "") for stage in STAGES}
 

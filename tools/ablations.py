@@ -57,7 +57,7 @@ TABLES = {  # table: {row: (flags of the stages that are not the base run's, fla
     "figure 12: one content frame a class, many motions": {
         "told the class": ({}, "--same-content", "-"), "not told": ({}, "--same-content --motion-guidance 0", "-")}}
 MEASURES = dict(distance=(-1, ".3f"), PSNR=(1, ".2f"), motion=(0, ".1%"), variety=(0, ".3f"))  # 1: more is better
-SCRIPTS = dict(autoencoder="autoencoder.py", content="content_diffusion.py", motion="motion_diffusion.py")
+TRAIN = dict(autoencoder="autoencoder.py --preset shapes", content="content_diffusion.py", motion="motion_diffusion.py")
 SAMPLE = "sample.py --lossless --steps 20 --motion-steps 20"
 draw_real = functools.lru_cache(1)(judge.draw_classes)
 
@@ -82,7 +82,7 @@ def draw(folder, training, sampling, seed, num):
     place, base, out = f"{folder}/{name_of(training)}", f"{folder}/base", f"{folder}/clips"
     for stage in ["autoencoder", *["content"] * (not real), *["motion"] * moves]:
         own = not training or training.keys() & {"autoencoder", stage}
-        run(f"{SCRIPTS[stage]} --run-dir {place if own else base} --seed {seed} --resume {training.get(stage, '')}")
+        run(f"{TRAIN[stage]} --run-dir {place if own else base} --seed {seed} --resume {training.get(stage, '')}")
         if not own:  # the same as the base run's
             shutil.copytree(f"{base}/encodings", f"{place}/encodings", dirs_exist_ok=True)
             shutil.copy(f"{base}/{stage}.pt", place)
