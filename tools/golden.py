@@ -24,8 +24,8 @@ COMMANDS = """
 autoencoder.py TRAIN --clips 64 --run-dir shapes
 content_diffusion.py TRAIN --run-dir shapes
 motion_diffusion.py TRAIN --run-dir shapes --accumulate 2
-sample.py DRAW --run-dir shapes --num 4 --out out/class
-sample.py DRAW --run-dir shapes --num 3 --eta 0.5 --label 3 --same-content --out out/same
+sample.py DRAW --guidance 2 --run-dir shapes --num 4 --out out/class
+sample.py DRAW --guidance 2 --run-dir shapes --num 3 --eta 0.5 --label 3 --same-content --out out/same
 sample.py DRAW --run-dir shapes --num 3 --reconstruct --out out/reconstruct
 sample.py DRAW --run-dir shapes --num 3 --predict-motion --out out/predict
 fvd.py shapes out/class --i3d random --num 4
@@ -33,13 +33,13 @@ autoencoder.py --preset ucf101 --data inputs/folders TRAIN SMALL --size 32 48 --
  --clips-per-video 2
 content_diffusion.py TRAIN --model mini --patch 8 --workers 1 --run-dir folders --checkpointing
 motion_diffusion.py TRAIN --model mini --content-patch 8 --workers 0 --run-dir folders
-sample.py DRAW --run-dir folders --num 2 --label class1 --out out/folders
+sample.py DRAW --guidance 2 --run-dir folders --num 2 --label class1 --out out/folders
 autoencoder.py --preset webvid_sd15 --data inputs/webvid.csv --sd SD TRAIN SMALL --size 64 --frames 4 --run-dir text
 content_diffusion.py TRAIN --sd SD --workers 0 --run-dir text
 motion_diffusion.py TRAIN --text inputs/v2-1.safetensors --model mini --workers 0 --run-dir text
-sample.py DRAW --run-dir text --prompt "a red circle" --negative-prompt fog --num 2 --out out/text
+sample.py DRAW --guidance 2 --run-dir text --prompt "a red circle" --negative-prompt fog --num 2 --out out/text
 """.replace("TRAIN", "--steps 20 --batch-size 4 --decay --log-every 5 --save-every 10 --preview-every 20").replace(
-    "DRAW", "--steps 4 --motion-steps 4 --batch-size 2 --guidance 2 --motion-guidance 1.5 --fps 8").replace(
+    "DRAW", "--steps 4 --motion-steps 4 --batch-size 2 --motion-guidance 1.5 --fps 8").replace(
     "SMALL", "--width 16 --heads 2 --depth 1 --workers 1").replace("SD", "inputs/v1-5-pruned.safetensors")
 
 
