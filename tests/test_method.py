@@ -2,7 +2,6 @@
 here from the equations, in plain PyTorch, and the clips that sample.py draws are those that algorithm 1, written here,
 draws from the same weights. Each is shown on classes in pixels, by two presets, and on captions in latents."""
 
-import csv
 import glob
 import json
 import math
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import av
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, rows_of
 from safetensors import safe_open
 
 import data
@@ -36,9 +35,8 @@ KINDS = {  # by preset: flags of stage 1 and of the rate, those of DIFFUSION, si
         content=("sd", "eps", "linear"), motion=("mini", "x", "scaled_linear"), betas=(0.9, 0.99))}
 
 
-def read_log(path, *columns):
-    with open(path) as file:
-        return [[float(row[name]) for name in columns] for row in csv.DictReader(file)]
+def read_log(run, stage, *columns):
+    return [[float(row[name]) for name in columns] for row in rows_of(run, stage)]
 
 
 def read_shards(run):
@@ -112,7 +110,7 @@ def compare(run, stage, model, loss_of, betas, ema=None):
             average[name] = decay * average[name] + (1 - decay) * w.data
         rows.append([step + 1, loss.item(), lr, norm])
     assert max(row[3] for row in rows) > 2 * CLIP
-    log = read_log(f"{run.folder}/{stage}.csv", "step", "loss", "lr", "grad_norm")
+    log = read_log(run.folder, stage, "step", "loss", "lr", "grad_norm")
     assert log == [pytest.approx(row, rel=2e-4) for row in rows]
     state = torch.load(f"{run.folder}/{stage}.pt", weights_only=True)
     for expected, found in ((weights, state["model"]), (average, state["ema"] if ema else state["model"])):
@@ -190,9 +188,11 @@ def test_the_rate_rises_for_a_twentieth_of_the_steps_and_falls_on_a_cosine_to_a_
     for stage, name in SCRIPTS.items():
         done = script(name, *words, *f"{STAGE_1} --frames 2 --clips 4".split() * (stage == "autoencoder"))
         assert done.returncode == 0, done.stderr
-        state = torch.load(tmp_path / f"{stage}.pt", weights_only=True)["optimizer"]["state"]
-        assert any(moments["exp_avg"].any() for moments in state.values())  # --clip -1, as 0, is no limit
-        assert read_log(tmp_path / f"{stage}.csv", "lr") == [pytest.approx([rate(i, 40)], rel=1e-4) for i in range(40)]
+        state = torch.load(tmp_path / f"{stage}.pt", weights_only=True)["optimizer"]
+        beta, norms = state["param_groups"][0]["betas"][1], read_log(tmp_path, stage, "grad_norm")
+        expected = sum((1 - beta) * beta ** (39 - i) * norm**2 for i, [norm] in enumerate(norms))  # --clip -1: no limit
+        assert sum(one["exp_avg_sq"].sum().item() for one in state["state"].values()) == pytest.approx(expected, 1e-4)
+        assert read_log(tmp_path, stage, "lr") == [pytest.approx([rate(i, 40)], rel=1e-4) for i in range(40)]
 
 
 def algorithm_1(settings, model, shape, seeds, conditions, scale, steps, eta, bounds, *frame):
