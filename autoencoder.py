@@ -227,7 +227,7 @@ PRESETS = {
     "webvid_sd21": dict(PAPER, size=[512, 1024], channels=4, loss="mse"),
 }
 
-# What --resume and --encode may change (of data, captions and split the path); what only --encode; only elsewhere.
+# What --resume and --encode may change (of data, captions, split: the path); only --encode; only it, in a new folder.
 CHANGEABLE = set("run_dir resume encode data captions split steps batch_size accumulate workers dtype compile "
                  "checkpointing log_every save_every preview_every".split())
 ENCODING, ELSEWHERE = ["clips", "clips_per_video", "shard_size"], ["stride", "seed"]

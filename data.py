@@ -134,7 +134,7 @@ class BadVideo(Exception):
 
 
 def find_videos(root):
-    """Sorted paths in `root` of its video files, at any depth. Of one that links reach too, the direct or shortest."""
+    """Sorted paths in `root` of its video files, at any depth. A file that links reach too counts once."""
     files = [file for file in glob.glob("**/*", root_dir=root, recursive=True) if file.lower().endswith(VIDEO_ENDINGS)]
     real, top = {file: os.path.realpath(os.path.join(root, file)) for file in files}, os.path.realpath(root)
     files.sort(key=lambda file: (real[file] == os.path.join(top, file), -file.count(os.sep), file))
@@ -150,7 +150,7 @@ def open_video(path):
         with av.open(os.path.abspath(path), metadata_errors="replace") as file:  # "12:30.mp4" is no protocol
             stream = file.streams.best("video")
             if not (of := stream and stream.codec_context) or stream.disposition & av.stream.Disposition.attached_pic:
-                raise BadVideo("no video stream that can be decoded")  # but a cover, for example
+                raise BadVideo("no video stream that can be decoded")  # only a cover picture, say
             of.thread_count, of.options = 1, {"max_pixels": str(2**26), "err_detect": "explode"}  # no smeared frames
             yield file, stream
     except (av.error.FFmpegError, OSError, ValueError, OverflowError, IndexError, StopIteration) as error:

@@ -225,7 +225,7 @@ class VideoSet(torch.utils.data.Dataset):
             files = data.find_videos(folder)
         else:
             raise SystemExit(f"{folder} is {'a file' if os.path.exists(folder) else 'not there'}: give a folder")
-        files = [file for file in files if not file.lower().endswith(".gif")] or files  # beside videos: of the same
+        files = [file for file in files if not file.lower().endswith(".gif")] or files  # beside videos: copies of them
         paths = {os.path.splitext(file)[0]: os.path.join(folder, file) for file in files}
         if not paths:
             folders = sorted(glob.glob("**/", root_dir=folder, recursive=True), key=len, reverse=True)
