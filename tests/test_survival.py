@@ -221,7 +221,7 @@ def test_two_ranks_with_accumulated_gradients_equal_one_process_and_stop_togethe
 def test_ranks_that_find_different_checkpoints_stop_with_one_line(stage, processes, start, ends, copy):
     """As two machines have them whose run folder is not on a disk that they share."""
     runs = [copy("one", "autoencoder", stage), copy("other", *before(stage))]
-    started = processes.ranks(*(words(stage, run, "--resume --steps 9") for run in runs))
+    started = processes.ranks(*(words(stage, run, "--resume --preset shapes --steps 9") for run in runs))
     ends(1, *started)
     for process, run in zip(started, runs):
         lines = process.outputs[1].read_text().splitlines()
