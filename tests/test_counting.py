@@ -47,7 +47,7 @@ def trained(run, stride):
         return sum(g.square().sum() for g in torch.autograd.grad(error(*key), [*model.parameters()])) ** 0.5
     with torch.no_grad():
         losses = torch.stack([error(*key) for key in keys])
-    for loss, size in read_log(run / "autoencoder.csv", "loss", "grad_norm"):
+    for loss, size in read_log(run, "autoencoder", "loss", "grad_norm"):
         near = [keys[i] for i in ((losses - loss).abs() < 1e-5 * losses).nonzero()[:, 0]]
         seen.append(min(near, key=lambda key: (norm(key) - size).abs()))
         assert norm(seen[-1]).item() == pytest.approx(size, rel=1e-4)
