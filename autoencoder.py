@@ -227,10 +227,11 @@ PRESETS = {
     "webvid_sd21": dict(PAPER, size=[512, 1024], channels=4, loss="mse"),
 }
 
-# What --resume and --encode may change (of data, captions, split: the path); only --encode; only it, in a new folder.
+# What --resume and --encode may change; of data, captions and split only the path
 CHANGEABLE = set("run_dir resume encode data captions split steps batch_size accumulate workers dtype compile "
                  "checkpointing log_every save_every preview_every".split())
-ENCODING, ELSEWHERE = ["clips", "clips_per_video", "shard_size"], ["stride", "seed"]
+ENCODING = ["clips", "clips_per_video", "shard_size"]  # --encode may change these too,
+ELSEWHERE = ["stride", "seed"]  # and these if it encodes into another folder
 
 
 def read_flags():
@@ -290,7 +291,9 @@ def read_flags():
     parser.set_defaults(**(saved["args"] if saved else PRESETS[preset] | dict(preset=preset)))
     args = parser.parse_args()  # again, with these as defaults; of channels and betas there are no flags
     args.run_dir, args.resume, args.encode = run_dir, given.resume, given.encode
-    args.size = args.size * (3 - len(args.size))  # one number: height and width
+    args.size = args.size * 2 if len(args.size) == 1 else args.size
+    if len(args.size) != 2:
+        parser.error("--size: one number, or height and width")
     free = CHANGEABLE | {*ENCODING * encode, *ELSEWHERE * (source != run_dir)}
     for name in saved["args"].keys() - free if saved else ():
         if getattr(args, name) != saved["args"][name]:
@@ -574,7 +577,9 @@ def main():
             bar.set_postfix_str(f"loss {average:.4f}, {speed:.1f} clips/s")
             if rank == 0:
                 with open(f"{run_dir}/autoencoder.csv.tmp", "w", newline="") as file:
-                    csv.writer(file).writerows([names := max(rows, key=len), *(map(row.get, names) for row in rows)])
+                    table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+                    table.writeheader()
+                    table.writerows(rows)
                 os.replace(f"{run_dir}/autoencoder.csv.tmp", f"{run_dir}/autoencoder.csv")
             losses, since = [], time.perf_counter()
         if done == last or stopping or done % args.save_every == 0:

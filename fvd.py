@@ -310,9 +310,9 @@ def fvd(args):
         for name, value in asked.items() if one in saved else ():
             if value not in (None, one.about.get(name)):
                 raise SystemExit(f"{one.folder} has {name} {one.about.get(name)}, not {value}: use its --save's flags")
-    with contextlib.suppress(data.BadVideo):  # raised where FAKE's clips have no more frames: as it should be
-        if args.real == "shapes" and fake not in saved and len(
-                data.read_clip(next(iter(fake.paths.values())), args.frames + 1)):
+    if args.real == "shapes" and fake not in saved:
+        with contextlib.suppress(data.BadVideo):  # raised where FAKE's clips have no more than --frames, as they should
+            data.read_clip(next(iter(fake.paths.values())), args.frames + 1)
             raise SystemExit(f"{args.fake} has longer clips: give their --frames, in which a shape goes its whole way")
     for label, one in (("REAL", real), ("FAKE", fake)):
         if one not in saved:

@@ -381,7 +381,9 @@ def main():
             bar.set_postfix_str(f"loss {average:.4f}, {speed:.1f} clips/s")
             if rank == 0:
                 with open(f"{run_dir}/motion.csv.tmp", "w", newline="") as file:
-                    csv.writer(file).writerows([names := max(rows, key=len), *(map(row.get, names) for row in rows)])
+                    table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+                    table.writeheader()
+                    table.writerows(rows)
                 os.replace(f"{run_dir}/motion.csv.tmp", f"{run_dir}/motion.csv")
             losses, since = [], time.perf_counter()
         if done == last or stopping or done % args.save_every == 0:

@@ -36,18 +36,17 @@ class Sampler:
     def __init__(self, args, device, dtype):
         self.args, self.device, self.dtype = args, device, dtype
         self.autoencoder, self.image, self.state = load_autoencoder(args.run_dir, device)
-        preset = self.state["args"]["preset"]
-        if args.guidance is None:
-            alike = self.image is None and len(self.state["classes"]) < 2  # nothing that guidance could bring out
-            args.guidance = 1.0 if alike else GUIDANCE[preset]
+        preset, states = self.state["args"]["preset"], {"autoencoder.pt": self.state}
         self.content = self.motion = None
-        if (step := self.state["step"]) < (steps := self.state["args"]["steps"]):
-            print(f"{args.run_dir}/autoencoder.pt is unfinished: step {step} of {steps}")
         if not args.reconstruct:
             self.motion, state = self.load(load_motion, "motion.pt", args.motion_guidance)
             self.mean, self.std = (state[name].to(device) for name in ("motion_mean", "motion_std"))  # as in training
+            states["motion.pt"] = state
             if not args.predict_motion and not args.image:
-                self.content, _ = self.load(load_content, "content.pt", args.guidance)
+                self.content, states["content.pt"] = self.load(load_content, "content.pt", args.guidance)
+        for name, state in states.items():
+            if state["step"] < state["args"]["steps"]:
+                print(f"{args.run_dir}/{name} is unfinished: step {state['step']} of {state['args']['steps']}")
         self.compiled = device.type == "cuda" and "shapes" not in preset if args.compile is None else args.compile
         if self.compiled:
             torch._dynamo.config.suppress_errors = True  # where compiling fails, go on without
@@ -61,10 +60,11 @@ class Sampler:
         if state["identity"] != self.state["identity"]:
             raise SystemExit(f"{self.args.run_dir}/{name} was trained on other encodings than its autoencoder.pt has "
                              f"now: `autoencoder.py --encode {self.args.run_dir} --run-dir NEW`, and train it in NEW")
+        if scale is None:  # by default there is no guidance where all clips are of one class, which it cannot bring out
+            one = not text and len(self.state["classes"]) < 2
+            scale = self.args.guidance = 1.0 if one else GUIDANCE[self.state["args"]["preset"]]
         if scale != 1 and not state["args"]["drop"] and not (text and name == "content.pt"):  # but SD knows ""
             raise SystemExit(f"{self.args.run_dir}/{name} was trained with --drop 0: its guidance scale can only be 1")
-        if state["step"] < state["args"]["steps"]:
-            print(f"{self.args.run_dir}/{name} is unfinished: step {state['step']} of {state['args']['steps']}")
         model = model.requires_grad_(False).eval().to(self.device, self.dtype)
         text = text and text.to(self.device, torch.float16 if self.device.type == "cuda" else torch.float32)
         return SimpleNamespace(model=model, text=text, shape=state["shape"], diffusion=diffusion.to(self.device)), state
@@ -141,8 +141,7 @@ def read_flags():
     # How to draw it
     add("--steps", type=int, default=50, help="sampling steps of the content frame, at most 1000")
     add("--motion-steps", type=int, default=100, help="sampling steps of the motion, at most 1000")
-    add("--guidance", type=float, help=f"guidance scale of the content frame (default, by preset: {GUIDANCE}; "
-        "without text and with less than two classes: 1)")
+    add("--guidance", type=float, help=f"guidance scale of the content frame (default: {GUIDANCE}; 1 for one class)")
     add("--motion-guidance", type=float, default=1.0, help="guidance scale of the motion; 1: none")
     add("--eta", type=float, default=0.0, help="DDIM's noise, from 0 (none) to 1 (DDPM)")
     add("--seed", type=int, default=0, help="a seed gives the same clips whatever the batch size")

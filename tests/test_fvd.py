@@ -318,6 +318,7 @@ def test_video_files_at_any_depth_a_stride_of_real_alone_splits_and_gifs_beside_
     done = script("fvd.py", *flags, "--stride", 2)  # FAKE's frames are every second one of REAL's
     assert done.stdout.startswith("FVD 0.00 | 4 real, 4 fake clips | 13 frames, 34x34, "), done.stderr
     assert "strides: real 2, fake 1; codecs: real ffv1, fake ffv1 |" in done.stdout and "broken.mp4" in done.stderr
+    assert "2 real, 2 fake" in line(script, "shapes", *flags[1:], "-n", 2)  # whose way takes as many frames
     (tmp_path / "trainlist01.txt").write_text("Class0/v_0.avi 1\nClass1/v_1.avi 2\n")
     out = line(script, *flags, "--split", tmp_path / "trainlist01.txt")
     assert "2 real, 4 fake" in out and "real ones of 2 videos in trainlist01.txt;" in out and "FVD 0.00" not in out

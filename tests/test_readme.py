@@ -1,7 +1,6 @@
-"""Proves that README.md, RECIPES.md, CONTRIBUTING.md and docs/ are true where a machine can tell: every script, file,
-function and flag that they name exists, and every command of their ```bash blocks runs, at tiny size, in the order in
-which a reader pastes them, and leaves what it promises. A command that no table below knows fails: name there the flags
-that make it small, or why it is not run."""
+"""Proves that README.md, RECIPES.md, CONTRIBUTING.md and docs/ are true: each script, file, function and flag that they
+name exists, and every command of their ```bash blocks runs, at tiny size, in their order, and leaves what it promises.
+A command that no table below knows fails: name there the flags that make it small, or why it is not run."""
 
 import contextlib
 import functools

@@ -1,6 +1,5 @@
-"""Proves that the scripts do together what the README says, run as a user runs them, at tiny sizes: from moving shapes,
-from a folder of videos, from captioned videos and a Stable Diffusion file to clips; that encodings and models which do
-not belong together are refused; and that a mistake costs one line and leaves nothing behind."""
+"""Proves that the scripts do together what the README says, at tiny sizes: from moving shapes, folders of videos, or a
+Stable Diffusion file and captions to clips; what does not belong together is refused; a mistake costs one line."""
 
 import argparse
 import importlib
@@ -203,8 +202,7 @@ def test_captioned_shapes_go_from_the_shipped_file_to_clips_of_prompts(run, tmp_
 
 @pytest.fixture(scope="module")
 def captioned(run, tmp_path_factory):
-    """The chain on a CSV beside its videos, one of which has vanished, and a Stable Diffusion file, which is gone when
-    training goes on."""
+    """The chain on a CSV, one of whose videos has vanished, and a Stable Diffusion file, gone when training goes on."""
     root, clips, rows = tmp_path_factory.mktemp("captioned"), MovingShapes(10, (18, 40), seed=3), ["path,caption"]
     folder, sd = root / "run", shutil.copy(SD, root / "tiny-sd.safetensors")
     for i in range(8):
@@ -275,18 +273,17 @@ def test_shards_are_kept_while_all_is_the_same_and_models_of_other_encodings_are
 
 
 def test_a_model_that_does_not_know_no_class_is_drawn_without_guidance(run, refused, shapes, tmp_path):
-    folder = shutil.copytree(shapes, tmp_path / "run")
+    folder, state = shutil.copytree(shapes, tmp_path / "run"), load(shapes, "autoencoder")
+    for classes, scale in (["a"], 1.0), ([], 1.0), (["a", "b"], 2.0):  # nor by default where all clips are of one class
+        torch.save(state | dict(classes=classes), folder / "autoencoder.pt")
+        args = flags_of("sample.py", "--run-dir", folder)
+        assert sample.Sampler(args, torch.device("cpu"), torch.float32).args.guidance == scale
     for stage in ("motion", "content"):
         state = load(folder, stage)
         torch.save(state | dict(args=state["args"] | dict(drop=0.0)), folder / f"{stage}.pt")
         refused(f"sample.py --motion-guidance 2 --run-dir {folder}", "motion.pt", "--drop 0")
     refused(f"sample.py --run-dir {folder}", "content.pt", "--drop 0")
     run(f"sample.py {FEW} -n 1 --guidance 1 --run-dir {folder} --out {tmp_path}/out")
-    state, flags = load(folder, "autoencoder"), flags_of("sample.py", "--run-dir", folder, "--reconstruct")
-    for classes, scale in (["a"], 1.0), ([], 1.0), (["a", "b"], 2.0):  # nor by default where all clips are of one class
-        torch.save(state | dict(classes=classes), folder / "autoencoder.pt")
-        args = argparse.Namespace(**vars(flags))
-        assert sample.Sampler(args, torch.device("cpu"), torch.float32).args.guidance == scale
 
 
 def test_motion_is_scaled_by_the_mean_and_deviation_that_its_model_learned(shapes, tmp_path):
@@ -330,6 +327,7 @@ autoencoder.py --preset webvid_sd15 --data {csv} --run-dir {new} | --sd
 autoencoder.py --preset webvid_sd15 --data {csv} --sd /nowhere.ckpt --workers 0 --run-dir {new} | /nowhere.ckpt
 autoencoder.py --preset webvid_sd15 --data {csv} --sd {sd} --size 16 18 --workers 0 --run-dir {new} | --size 16 18
 autoencoder.py --size 18 --run-dir {new} | --size 18 18
+autoencoder.py --size 64 48 32 --run-dir {new} | --size
 autoencoder.py --data /nowhere --run-dir {new} | /nowhere
 autoencoder.py --split list.txt --run-dir {new} | --split
 autoencoder.py --stride 2 --run-dir {new} | --stride
@@ -354,6 +352,7 @@ content_diffusion.py --run-dir {begun} --patch 5 | 16x16 | 5x5
 content_diffusion.py --run-dir {begun} --model sd | --sd
 motion_diffusion.py --run-dir {begun} --content-patch 5 | --content-patch
 motion_diffusion.py --run-dir {begun} --preset webvid_sd15 | --text
+motion_diffusion.py --run-dir {begun} --preset shapes_text --steps 1 | --text
 sample.py --run-dir {new} | no {new}/autoencoder.pt
 sample.py --run-dir {shapes} --label hexagon | --label hexagon | circle moving left
 sample.py --run-dir {shapes} --prompt hello | {shapes} | --label
@@ -362,6 +361,7 @@ sample.py --run-dir {shapes} --out {shapes} | --out {shapes}
 sample.py --run-dir {shapes} --image {shapes}/motion.csv | --image {shapes}/motion.csv
 sample.py --run-dir {shapes} --reconstruct --predict-motion | --reconstruct | --predict-motion
 sample.py --run-dir {shapes} --predict-motion --data {videos} | classes 1, b
+content_diffusion.py --run-dir {begun} --preset shapes_text | pixels | --sd
 content_diffusion.py --run-dir {begun} --preset webvid_sd15 --model mini --steps 1 --workers 0 | webvid | --sd
 sample.py --run-dir {shapes} --predict-motion --guidance 2 | --guidance
 sample.py --run-dir {text} --prompt x --guidance 1 --negative-prompt y | --negative-prompt

@@ -1,6 +1,6 @@
 """Trains a tiny Stable Diffusion on captioned still pictures and writes it as the raw files of 1.5 are laid out.
 
-    python tools/tiny_sd.py                      # runs/tiny_sd/tiny-sd.safetensors, 15 MB: tools/ has that of no flags
+    python tools/tiny_sd.py                      # runs/tiny_sd/tiny-sd.safetensors, 15 MB, of which tools/ has a copy
 
 The pictures are 32x32: the circles, squares and triangles of data.py in all their colours, and what no video has, a
 star and the colour pink. First the image autoencoder learns them (latents of 4x8x8), then the U-Net and CLIP's text
@@ -62,8 +62,8 @@ def stills(start, count, seed=0, motions=False):
 def train(name, args, modules, steps, rate, loss_of):
     """Trains modules for `steps` with Adam, whose rate rises and falls once, from the folder's checkpoint if there is
     one. loss_of(step) -> a number. Returns modules like them, with their averaged weights."""
-    path, averaged = f"{args.folder}/{name}-{steps}-{args.seed}.pt", copy.deepcopy(modules).requires_grad_(False)
-    weights, averages = list(modules.parameters()), list(averaged.parameters())
+    path = f"{args.folder}/{name}-{steps}-{args.batch_size}-{args.seed}.pt"
+    averaged, weights = copy.deepcopy(modules).requires_grad_(False), list(modules.parameters())
     optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, cycle_momentum=False)
     parts = dict(modules=modules, averaged=averaged, optimizer=optimizer, schedule=schedule)
@@ -79,7 +79,7 @@ def train(name, args, modules, steps, rate, loss_of):
         optimizer.zero_grad()
         schedule.step()
         with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1 - min(0.998, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(list(averaged.parameters()), weights, 1 - min(0.998, (1 + step) / (10 + step)))
         if (step + 1) % 250 == 0 or step + 1 == steps:
             tqdm.write(f"{name} {step + 1}: loss {loss:.4f}")
             torch.save(dict(step=step + 1) | {part: parts[part].state_dict() for part in parts}, f"{path}.tmp")
